@@ -1,0 +1,3 @@
+"""Prune a CNN's channels, remove them from its ONNX graph with proof, and measure the latency honestly."""
+
+__version__ = "0.1.0"
