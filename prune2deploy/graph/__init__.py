@@ -1,0 +1,1 @@
+"""The channel analysis: facts forward, liveness backward, keep by closure, and one rewrite. No PyTorch in here."""

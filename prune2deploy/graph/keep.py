@@ -1,0 +1,118 @@
+"""Keep: from the live positions, by the closure of all constraints, to the positions that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from prune2deploy.graph.constraints import FROZEN, Constraint, Count, Ids, Positions, close
+from prune2deploy.graph.facts import Known, channel_facts
+from prune2deploy.graph.liveness import Liveness, live_channels
+from prune2deploy.graph.node import Node, Tables
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """Which positions stay.
+
+    Attributes:
+        kept: (value, axis) -> bool along that axis, for every axis with positions of a value that is needed.
+        class_of: the class of every position id.
+        positions: the numbering of the ids.
+    """
+
+    kept: dict[tuple[str, int], np.ndarray]
+    class_of: Ids
+    positions: Positions
+
+    def indices(self, value: str, axis: int) -> np.ndarray | None:
+        """Return the kept old indices in order, or None where all are kept."""
+        mask = self.kept.get((value, axis))
+        return None if mask is None or mask.all() else np.flatnonzero(mask)
+
+    @property
+    def removed(self) -> int:
+        """The number of positions that go, over all values that are needed."""
+        return sum(int((~mask).sum()) for mask in self.kept.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """The first three steps of the channel analysis of one graph."""
+
+    tables: Tables
+    known: Known
+    liveness: Liveness
+    keep: Keep
+
+    def cuts(self) -> list[tuple[int, int]]:
+        """Return (node index, slot) of every computed operand that its reader no longer needs, in live nodes."""
+        return [
+            (index, slot)
+            for index, needed in sorted(self.liveness.needed.items())
+            for slot in self.tables.nodes[index].value_slots
+            if slot not in needed
+        ]
+
+
+def analyse(tables: Tables, *, round_to: int = 1) -> Analysis:
+    """Return the facts, the liveness and the kept positions of a graph; nothing is written."""
+    known = channel_facts(tables)
+    forced: set[tuple[int, ...]] = set()
+    while True:  # a reader's input that was left out and then kept for a count's sake comes back: rare, and monotone
+        liveness = live_channels(tables, known, forced)
+        keep, tripped = kept_channels(tables, known, liveness, round_to=round_to)
+        if tripped <= forced:
+            return Analysis(tables, known, liveness, keep)
+        forced |= tripped
+
+
+def kept_channels(
+    tables: Tables, known: Known, liveness: Liveness, *, round_to: int = 1
+) -> tuple[Keep, set[tuple[int, ...]]]:
+    """Return the least set of positions that holds the live ones and satisfies every constraint, and what tripped."""
+    positions = Positions()
+    for value in _in_order(tables, liveness):
+        positions.add(value, known.view.facts[value].shape)
+    blocks = list(positions.blocks())
+    constraints: list[Constraint] = [
+        Count((np.arange(first, first + size)[None],), always=True)  # no axis shrinks to 0
+        for _, _, first, size in blocks
+    ]
+    for node in tables.nodes:
+        if node.index in liveness.needed:
+            constraints += node_constraints(node, known, positions, liveness.needed[node.index])
+            constraints += _rounded(node, known, positions, round_to)
+    kept = np.zeros(positions.count, dtype=bool)
+    kept[FROZEN] = True
+    for value, axis, first, size in blocks:
+        mask = liveness.live[value]
+        kept[first : first + size] = mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis))
+    closed, class_of = close(positions.count, constraints, kept)
+    table = {(value, axis): closed[first : first + size] for value, axis, first, size in blocks}
+    return Keep(table, class_of, positions), positions.tripped(closed)
+
+
+def node_constraints(node: Node, known: Known, positions: Positions, needed: frozenset[int]) -> Iterable[Constraint]:
+    """Return the constraints of one node; an opaque node has none, since all it reads is live."""
+    rule = known.rules[node.index]
+    return [] if rule is None else rule.ties(node, positions, known.view, needed)
+
+
+def _rounded(node: Node, known: Known, positions: Positions, round_to: int) -> Iterable[Constraint]:
+    rule = known.rules[node.index]
+    work = rule.work(node, known.view) if rule is not None and round_to > 1 else None
+    ids = None if work is None or work.divisor > 1 else positions.ids(work.out.value, work.out.axis)
+    return [] if ids is None else [Count((ids[None],), multiple=round_to, least=round_to, always=True)]
+
+
+def _in_order(tables: Tables, liveness: Liveness) -> Iterable[str]:
+    for operand in tables.inputs:
+        if operand.name in liveness.live:
+            yield operand.name
+    for node in tables.nodes:
+        for operand in node.outputs:
+            if operand.name in liveness.live:
+                yield operand.name

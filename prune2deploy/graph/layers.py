@@ -1,0 +1,139 @@
+"""The layer table: widths, MACs and parameters of every convolution and linear layer, before and after removal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+
+from prune2deploy.graph.keep import Analysis
+from prune2deploy.graph.node import Node
+from prune2deploy.graph.rules.base import Axis, Work
+
+When = Literal["before", "after"]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer: its output width, MACs per sample and parameters (weights, bias, norm scale and shift).
+
+    ``kind`` is ``linear`` for convolutions and linear layers, ``norm`` for norms (whose MACs are not counted).
+    MACs are None where the output's size is not known before run time.
+    """
+
+    name: str
+    op_type: str
+    kind: str
+    before: int
+    after: int
+    macs_before: int | None
+    macs_after: int | None
+    parameters_before: int
+    parameters_after: int
+
+    def to_json(self) -> dict[str, object]:
+        """Return the row as a JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all layers; MACs that are not known count as 0 and are named."""
+
+    macs: int
+    parameters: int
+    unknown_macs: tuple[str, ...]
+
+
+def layer_rows(analysis: Analysis) -> list[LayerRow]:
+    """Return one row per convolution, linear layer and norm, in graph order; a layer that is gone has width 0."""
+    return [row for node in analysis.tables.nodes if (row := _row(node, analysis)) is not None]
+
+
+def totals(rows: list[LayerRow], when: When) -> Totals:
+    """Return the network's MACs and parameters before or after removal."""
+    macs = [(row.name, row.macs_before if when == "before" else row.macs_after) for row in rows if row.kind == "linear"]
+    return Totals(
+        macs=sum(value for _, value in macs if value is not None),
+        parameters=sum(row.parameters_before if when == "before" else row.parameters_after for row in rows),
+        unknown_macs=tuple(name for name, value in macs if value is None),
+    )
+
+
+def _row(node: Node, analysis: Analysis) -> LayerRow | None:
+    rule = analysis.known.rules[node.index]
+    if rule is None or rule.kind not in ("linear", "norm"):
+        return None
+    alive = node.index in analysis.liveness.needed
+    work = rule.work(node, analysis.known.view)
+    counted = [part for part in rule.parts(node, analysis.known.view) if part.role not in ("mean", "var")]
+    slots = sorted({part.slot for part in counted} | ({1, 2} & set(range(len(node.inputs)))))
+    arrays = {slot: array for slot in slots if (array := node.constant(slot)) is not None}
+    parameters_after = 0
+    for slot, array in arrays.items():
+        sizes = list(array.shape)
+        for part in counted:
+            if part.slot == slot:
+                sizes[part.constant_axis] = _kept_of(part.of, part.axis, analysis)
+        parameters_after += int(np.prod(sizes, dtype=np.int64))
+    width = _width(node, work, analysis)
+    return LayerRow(
+        name=layer_name(node),
+        op_type=node.op_type,
+        kind=rule.kind,
+        before=width[0],
+        after=width[1] if alive else 0,
+        macs_before=None if work is None else _macs(work, work.out_size, work.into_size),
+        macs_after=_macs_after(work, analysis) if alive else 0,
+        parameters_before=sum(array.size for array in arrays.values()),
+        parameters_after=parameters_after if alive else 0,
+    )
+
+
+def layer_name(node: Node) -> str:
+    """Return the module path where the weight is named after one (``layer1.0.conv1.weight``), else the node's name."""
+    names = [operand.name for operand in node.inputs if operand.array is not None and operand.array.ndim > 0]
+    prefix = next((name.removesuffix(".weight") for name in names if name.endswith(".weight")), "")
+    return prefix or node.name
+
+
+def _width(node: Node, work: Work | None, analysis: Analysis) -> tuple[int, int]:
+    layout = analysis.known.view.facts[node.outputs[0].name].shape
+    axis = work.out.axis if work is not None else min(1, len(layout) - 1)
+    size = work.out_size if work is not None else layout[axis]
+    return size, kept_size(Axis(node.outputs[0].name, axis), size, analysis)
+
+
+def _macs(work: Work, out: int, into: int) -> int:
+    return work.coefficient * out * into // work.divisor
+
+
+def _macs_after(work: Work | None, analysis: Analysis) -> int | None:
+    if work is None:
+        return None
+    out = kept_size(work.out, work.out_size, analysis)
+    if work.into is None:
+        return _macs(work, out, 1)
+    into = kept_size(work.into, work.into_size, analysis)
+    if work.divisor == 1:
+        return _macs(work, out, into)
+    groups = active_groups(work, analysis)
+    return work.coefficient * out * into // max(groups, 1)
+
+
+def active_groups(work: Work, analysis: Analysis) -> int:
+    """Return how many groups of a grouped convolution remain."""
+    mask = analysis.keep.kept.get((work.out.value, work.out.axis))
+    return work.divisor if mask is None else int(mask.reshape(work.divisor, -1).any(axis=1).sum())
+
+
+def kept_size(axis: Axis, size: int, analysis: Analysis) -> int:
+    """Return how many positions of an axis are kept; an axis without positions is whole."""
+    mask = analysis.keep.kept.get((axis.value, axis.axis))
+    return size if mask is None else int(mask.sum())
+
+
+def _kept_of(of: np.ndarray, axis: Axis, analysis: Analysis) -> int:
+    mask = analysis.keep.kept.get((axis.value, axis.axis))
+    return len(of) if mask is None else int(mask[of].sum())

@@ -1,0 +1,110 @@
+"""Liveness, backward: one sweep that reads facts and stores, for every live position, the reader that needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from prune2deploy.graph.fact import fit_mask
+from prune2deploy.graph.facts import Known
+from prune2deploy.graph.node import Node, Tables
+from prune2deploy.graph.rules.base import Demand
+
+NOBODY = -1
+GRAPH_OUTPUT = -2
+STAND_IN = 8.0
+"""A live alias stands for its class if its multiple is at most this many times smaller than the largest one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Liveness:
+    """Which positions are live, and why.
+
+    Attributes:
+        live: value -> bool in the layout of its fact. A value that is not here is needed by nobody.
+        reader: value -> int32 in the same layout: index of the node that needs the position, `GRAPH_OUTPUT` or `NOBODY`.
+        needed: node index -> the input slots that the node still reads; nodes that are not here are dead.
+    """
+
+    live: dict[str, np.ndarray]
+    reader: dict[str, np.ndarray]
+    needed: dict[int, frozenset[int]]
+
+
+def live_channels(tables: Tables, known: Known, forced: Set[tuple[int, ...]] = frozenset()) -> Liveness:
+    """Return which positions can still change an output through a reader that cannot absorb them.
+
+    ``forced`` are (node index, slot) pairs that count as needed even where their reader wants none of their positions.
+    """
+    facts = known.view.facts
+    demands: dict[str, list[tuple[int, Demand]]] = {}
+    for operand in tables.outputs:
+        if operand.name in facts:
+            whole = np.ones(facts[operand.name].shape, dtype=bool)
+            demands.setdefault(operand.name, []).append((GRAPH_OUTPUT, Demand(whole)))
+
+    live: dict[str, np.ndarray] = {}
+    reader: dict[str, np.ndarray] = {}
+    needed: dict[int, frozenset[int]] = {}
+
+    def settle(value: str) -> np.ndarray | None:
+        if value in demands:
+            live[value], reader[value] = _settled(demands.pop(value), facts[value].shape)
+        return live.get(value)
+
+    for node in reversed(tables.nodes):
+        outs = [settle(operand.name) if operand.name else None for operand in node.outputs]
+        if all(mask is None for mask in outs):
+            continue
+        wanted = _demands(node, outs, known)
+        for slot in node.value_slots:
+            if (node.index, slot) in forced and slot not in wanted:
+                wanted[slot] = Demand(np.zeros(facts[node.inputs[slot].name].shape, dtype=bool))
+        needed[node.index] = frozenset(wanted)
+        for slot, demand in wanted.items():
+            demands.setdefault(node.inputs[slot].name, []).append((node.index, demand))
+        for name in node.captured:
+            if name in facts:
+                everything = Demand(np.ones(facts[name].shape, dtype=bool))
+                demands.setdefault(name, []).append((node.index, everything))
+    for operand in tables.inputs:
+        settle(operand.name)
+    return Liveness(live, reader, needed)
+
+
+def _demands(node: Node, outs: list[np.ndarray | None], known: Known) -> dict[int, Demand]:
+    rule = known.rules[node.index]
+    if rule is not None:
+        return rule.live(node, outs, known.view)
+    return {
+        slot: Demand(np.ones(known.view.of(node.inputs[slot]).shape, dtype=bool))
+        for slot in node.value_slots
+        if node.inputs[slot].name in known.view.facts
+    }
+
+
+def _settled(demands: list[tuple[int, Demand]], layout: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the live positions of a value once all its readers have spoken, and who needs each."""
+    live = np.zeros(layout, dtype=bool)
+    reader = np.full(layout, NOBODY, dtype=np.int32)
+    for index, demand in demands:
+        mask = fit_mask(demand.live, layout)
+        reader[mask & ~live] = index
+        live |= mask
+    for index, demand in demands:
+        for choice in demand.choices:
+            if demand.live.shape != layout:  # the reader saw axes that the value does not have: take the first place
+                spread = np.zeros(demand.live.shape, dtype=bool)
+                spread.flat[choice.positions] = True
+                mask = fit_mask(spread, layout)
+                reader[mask & ~live] = index
+                live |= mask
+                continue
+            strong = choice.positions[choice.weights * STAND_IN >= choice.weights.max()]
+            if not live.flat[strong].any():
+                best = int(choice.positions[np.argmax(choice.weights)])
+                live.flat[best] = True
+                reader.flat[best] = index
+    return live, reader

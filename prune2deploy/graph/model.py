@@ -1,0 +1,306 @@
+"""ONNX files in and out, and the normal form in which all arms are analysed and timed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import uses_external_data
+
+from prune2deploy.errors import InputError, one_line
+from prune2deploy.files import require_file, write_with
+
+log = logging.getLogger(__name__)
+
+SINGLE_FILE_BYTES = int(1.5e9)
+"""Above this a model keeps its weights in a file beside it; protobuf itself ends at 2 GB."""
+
+SMALL_CONSTANT = 1024
+"""Constants of up to so many elements may be shapes, axes or indices, whose values shape inference needs."""
+
+MIN_OPSET, MAX_OPSET = 9, 23
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """Return the model in an ONNX file, with its external data.
+
+    Raises:
+        InputError: if the file is missing, a folder, truncated, not ONNX, of an operator set that is not supported, or
+            if its external data is missing or lies outside its folder.
+    """
+    require_file(path, "an ONNX file")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, RuntimeError) as error:
+        raise InputError(f"'{path}' is not an ONNX file or is truncated ({one_line(error, 120)}); export it again") from error
+    if not model.graph.node and not model.graph.input and not model.graph.output:
+        raise InputError(f"'{path}' is not an ONNX file: it holds no graph; export it again")
+    _check_opset(model, path)
+    _load_external(model, path)
+    return model
+
+
+def _check_opset(model: onnx.ModelProto, path: Path) -> None:
+    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if not versions:
+        raise InputError(f"'{path}' names no ONNX operator set; export it again with opset {MIN_OPSET} to {MAX_OPSET}")
+    if not MIN_OPSET <= versions[0] <= MAX_OPSET:
+        raise InputError(
+            f"'{path}' uses operator set {versions[0]}, but {MIN_OPSET} to {MAX_OPSET} are supported; "
+            "convert it with onnx.version_converter or export it again"
+        )
+
+
+def _load_external(model: onnx.ModelProto, path: Path) -> None:
+    folder = path.parent.resolve()
+    for tensor in onnx.external_data_helper._get_all_tensors(model):  # the only walk over subgraphs too
+        if not uses_external_data(tensor):
+            continue
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        place = (folder / location).resolve()
+        if not place.is_relative_to(folder):
+            raise InputError(f"'{path}' wants its weights from '{location}', outside its folder; move them beside it")
+        if not place.is_file():
+            raise InputError(f"'{path}' wants its weights from '{location}', which is not beside it; copy that file there too")
+    try:
+        onnx.load_external_data_for_model(model, str(folder))
+    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+        raise InputError(f"the external data of '{path}' cannot be read ({one_line(error, 160)}); export it again") from error
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model: one file below 1.5 GB, above it with the weights in ``NAME.data`` beside it; whole or not at all."""
+    if model.ByteSize() < SINGLE_FILE_BYTES:
+        data = model.SerializeToString(deterministic=True)
+        write_with(path, lambda temporary: temporary.write_bytes(data))
+        return
+    weights = path.with_name(path.name + ".data")
+    temporary_weights = path.with_name(f".{path.name}.data.part")
+
+    def write(temporary: Path) -> None:
+        onnx.save_model(
+            model, temporary, save_as_external_data=True, all_tensors_to_one_file=True, location=temporary_weights.name
+        )
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = weights.name
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        temporary_weights.replace(weights)
+
+    write_with(path, write)
+
+
+def normalise(model: onnx.ModelProto) -> gs.Graph:
+    """Return the graph in normal form: shapes inferred, constants folded, no node that only passes its input on, none dead.
+
+    Initializers that are listed as inputs become plain constants: their listing alone keeps a runtime from optimising.
+    The inputs and outputs keep their names, types and shapes. Works in place: the model's own nodes are changed too.
+    """
+    if model.functions:
+        model.CopyFrom(onnx.inliner.inline_local_functions(model))
+    _lift_constants(model.graph)
+    _remove_passing(model.graph)
+    infer_shapes(model)
+    graph = gs.import_onnx(model)
+    graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
+    if any(_foldable(node) for node in graph.nodes):
+        graph.fold_constants(size_threshold=SINGLE_FILE_BYTES)
+    remove_dead_nodes(graph)
+    sort_nodes(graph)
+    return graph
+
+
+def infer_shapes(model: onnx.ModelProto) -> None:
+    """Replace the model's inner shapes by all that onnx can infer; large weights take no part, only their shapes do."""
+    bare = onnx.ModelProto()
+    bare.ir_version = model.ir_version
+    bare.opset_import.extend(model.opset_import)
+    bare.functions.extend(model.functions)
+    bare.graph.name = model.graph.name
+    bare.graph.node.extend(model.graph.node)
+    bare.graph.input.extend(model.graph.input)
+    bare.graph.output.extend(model.graph.output)
+    listed = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if np.prod(tensor.dims) <= SMALL_CONSTANT:
+            bare.graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del model.graph.value_info[:]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    except (ValueError, RuntimeError, onnx.shape_inference.InferenceError) as error:
+        log.warning("shapes could not be inferred (%s); operators without shapes stay opaque", one_line(error, 120))
+        return
+    model.graph.value_info.extend(inferred.graph.value_info)
+
+
+_SCALAR_FIELDS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+
+
+def _lift_constants(graph: onnx.GraphProto) -> None:
+    """Turn Constant nodes into initializers."""
+    lifted = [node for node in graph.node if node.op_type == "Constant" and _constant_value(node) is not None]
+    for node in lifted:
+        tensor = _constant_value(node)
+        assert tensor is not None
+        tensor.name = node.output[0]
+        graph.initializer.append(tensor)
+        graph.node.remove(node)
+
+
+def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return attribute.t
+        if attribute.name in _SCALAR_FIELDS:
+            value = np.array(onnx.helper.get_attribute_value(attribute), dtype=_SCALAR_FIELDS[attribute.name])
+            return onnx.numpy_helper.from_array(value)
+    return None
+
+
+def _remove_passing(graph: onnx.GraphProto) -> None:
+    """Let the readers of a node that only passes its input on read that input; an output of the graph keeps its node."""
+    listed = {value.name for value in graph.input}
+    constants = {
+        tensor.name: tensor for tensor in graph.initializer if np.prod(tensor.dims) <= SMALL_CONSTANT and tensor.name not in listed
+    }
+    outputs = {value.name for value in graph.output}
+    instead: dict[str, str] = {}
+    for node in graph.node:
+        _rename_inputs(node, instead)
+        passes = _PASSING.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if passes is not None and node.output[0] not in outputs and passes(node, constants):
+            instead[node.output[0]] = node.input[0]
+
+
+def _rename_inputs(node: onnx.NodeProto, instead: dict[str, str]) -> None:
+    for slot, name in enumerate(node.input):
+        if name in instead:
+            node.input[slot] = instead[name]
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():
+            shadowed = {name for child in inner.node for name in child.output} | {value.name for value in inner.input}
+            visible = {old: new for old, new in instead.items() if old not in shadowed}
+            for child in inner.node:
+                _rename_inputs(child, visible)
+            for value in inner.output:
+                if value.name in visible:  # an output must be a node's own: pass it through one
+                    inner.node.add(op_type="Identity", input=[visible[value.name]], output=[value.name])
+
+
+Constants = dict[str, onnx.TensorProto]
+
+
+def _dropout_passes(node: onnx.NodeProto, constants: Constants) -> bool:
+    if len(node.output) > 1 and node.output[1]:
+        return False
+    mode = node.input[2] if len(node.input) > 2 else ""
+    return not mode or (mode in constants and not np.any(onnx.numpy_helper.to_array(constants[mode])))
+
+
+def _slice_passes(node: onnx.NodeProto, constants: Constants) -> bool:
+    """Whether a Slice takes everything, as exporters write for ``x[:, :, ::2]`` on the first axes."""
+    if len(node.input) < 3 or any(name and name not in constants for name in node.input[1:]):
+        return False
+    parts = [onnx.numpy_helper.to_array(constants[name]) if name else None for name in node.input[1:]]
+    starts, ends, steps = parts[0], parts[1], parts[3] if len(parts) > 3 else None
+    assert starts is not None
+    assert ends is not None
+    return bool((starts == 0).all() and (ends >= 2**31 - 1).all() and (steps is None or (steps == 1).all()))
+
+
+_PASSING: dict[str, Callable[[onnx.NodeProto, Constants], bool]] = {
+    "Identity": lambda node, constants: True,
+    "Dropout": _dropout_passes,
+    "Slice": _slice_passes,
+}
+
+
+def _foldable(node: gs.Node) -> bool:
+    return node.op in ("Shape", "Size") or (
+        bool(node.inputs) and all(isinstance(tensor, gs.Constant) or tensor.is_empty() for tensor in node.inputs)
+    )
+
+
+def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let every reader of ``old`` read ``new``."""
+    for reader in list(old.outputs):
+        reader.inputs = [new if tensor is old else tensor for tensor in reader.inputs]
+
+
+def remove_dead_nodes(graph: gs.Graph) -> None:
+    """Remove every node that no output depends on; inputs stay."""
+    alive: set[int] = set()
+    stack = [producer for tensor in graph.outputs for producer in tensor.inputs]
+    while stack:
+        node = stack.pop()
+        if id(node) in alive:
+            continue
+        alive.add(id(node))
+        stack += [producer for tensor in _all_inputs(node) for producer in tensor.inputs]
+    for node in graph.nodes:
+        if id(node) not in alive:
+            node.inputs.clear()
+            node.outputs.clear()
+    graph.nodes = [node for node in graph.nodes if id(node) in alive]
+
+
+def _all_inputs(node: gs.Node) -> Iterable[gs.Tensor]:
+    yield from node.inputs
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            yield from value.outputs
+            for inner in value.nodes:
+                yield from _all_inputs(inner)
+
+
+def sort_nodes(graph: gs.Graph) -> None:
+    """Sort the nodes topologically, keeping their order where it is already right."""
+    made_by = {id(tensor): node for node in graph.nodes for tensor in node.outputs}
+    done: set[int] = set()
+    order: list[gs.Node] = []
+    for root in graph.nodes:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            waiting = [] if id(node) in done else [
+                made_by[id(tensor)] for tensor in _all_inputs(node) if id(tensor) in made_by
+            ]
+            waiting = [other for other in waiting if id(other) not in done and other is not node]
+            if waiting:
+                stack += waiting
+                if len(stack) > 4 * len(graph.nodes) + 16:
+                    raise InputError("the graph has a cycle, which ONNX does not allow; export it again")
+                continue
+            stack.pop()
+            if id(node) not in done:
+                done.add(id(node))
+                order.append(node)
+    graph.nodes = order
+
+
+def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
+    model = gs.export_onnx(graph, do_type_check=False)
+    del model.graph.value_info[:]
+    del model.opset_import[:]
+    model.opset_import.extend(like.opset_import)
+    model.ir_version = like.ir_version
+    del model.metadata_props[:]
+    model.metadata_props.extend(like.metadata_props)
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(model, field, getattr(like, field))
+    del model.graph.input[:]
+    names = {tensor.name for tensor in graph.inputs}
+    model.graph.input.extend(value for value in like.graph.input if value.name in names)
+    del model.graph.output[:]
+    model.graph.output.extend(like.graph.output)
+    model.graph.name = like.graph.name
+    return model

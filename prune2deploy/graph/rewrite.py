@@ -1,0 +1,257 @@
+"""Rewrite: the only step that writes. Applies the kept positions to a graph, node by node, and decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from prune2deploy import __version__
+from prune2deploy.graph.keep import Analysis, analyse
+from prune2deploy.graph.layers import LayerRow, layer_rows, totals
+from prune2deploy.graph.model import normalise, redirect, remove_dead_nodes, to_model
+from prune2deploy.graph.node import Node, Operand, tables
+from prune2deploy.graph.rules.base import View
+
+
+@dataclass(frozen=True, eq=False)
+class Slimmed:
+    """A slim model with what was done to get it.
+
+    Attributes:
+        model: the slim graph.
+        analysis: the facts, liveness and kept positions of the graph that it came from.
+        layers: one row per convolution and linear layer, before and after.
+        kept: for every value axis and initializer axis that changed, the kept old indices in order (``slim.json``).
+        opaque: operator -> how many nodes of it no rule covers.
+        removed_channels: channels removed from convolution and linear outputs, removed layers included.
+        removed_layers: names of the convolution and linear layers that are gone altogether.
+        seconds: time taken by ``normalise``, ``analysis`` and ``rewrite``.
+    """
+
+    model: onnx.ModelProto
+    analysis: Analysis
+    layers: list[LayerRow]
+    kept: dict[str, dict[str, dict[str, list[int]]]]
+    opaque: dict[str, int]
+    removed_channels: int
+    removed_layers: list[str]
+    seconds: dict[str, float]
+
+    def report(self) -> dict[str, object]:
+        """Return the section ``slim`` of a report, without what only the caller knows."""
+        before, after = totals(self.layers, "before"), totals(self.layers, "after")
+        return {
+            "layers": [row.to_json() for row in self.layers],
+            "macs": {"before": before.macs, "after": after.macs},
+            "parameters": {"before": before.parameters, "after": after.parameters},
+            "opaque": self.opaque,
+            "removed_channels": self.removed_channels,
+            "removed_layers": self.removed_layers,
+            "seconds": self.seconds,
+        }
+
+
+def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimmed:
+    """Return the model without every channel that provably does not matter; the given model is left as it is.
+
+    With ``round_to`` dead channels are kept so that convolution and linear outputs have multiples of it.
+    """
+    start = time.perf_counter()
+    graph = normalise(model)
+    normalised = time.perf_counter()
+    analysis = analyse(tables(graph), round_to=round_to)
+    analysed = time.perf_counter()
+    kept: dict[str, dict[str, dict[str, list[int]]]] = {"values": _kept_values(analysis), "initializers": {}}
+    if analysis.keep.removed or analysis.cuts() or len(analysis.liveness.needed) < len(analysis.tables.nodes):
+        kept["initializers"] = _apply(graph, analysis)
+    slim = to_model(graph, model)
+    _stamp(slim)
+    rewritten = time.perf_counter()
+    layers = layer_rows(analysis)
+    return Slimmed(
+        model=slim,
+        analysis=analysis,
+        layers=layers,
+        kept=kept,
+        opaque=dict(sorted(Counter(_opaque(analysis)).items())),
+        removed_channels=sum(row.before - row.after for row in layers),
+        removed_layers=[row.name for row in layers if row.after == 0],
+        seconds={
+            "normalise": normalised - start,
+            "analysis": analysed - normalised,
+            "rewrite": rewritten - analysed,
+        },
+    )
+
+
+def _opaque(analysis: Analysis) -> list[str]:
+    return [
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node, rule in zip(analysis.tables.nodes, analysis.known.rules, strict=True)
+        if rule is None and any(operand.is_value for operand in node.inputs)
+    ]
+
+
+def _stamp(model: onnx.ModelProto) -> None:
+    for entry in model.metadata_props:
+        if entry.key == "prune2deploy.version":
+            entry.value = __version__
+            return
+    model.metadata_props.add(key="prune2deploy.version", value=__version__)
+
+
+def _kept_values(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
+    table: dict[str, dict[str, list[int]]] = {}
+    for (value, axis), mask in analysis.keep.kept.items():
+        if not mask.all():
+            table.setdefault(value, {})[str(axis)] = np.flatnonzero(mask).tolist()
+    return dict(sorted(table.items()))
+
+
+def _apply(graph: gs.Graph, analysis: Analysis) -> dict[str, dict[str, list[int]]]:
+    """Apply every live node's ``drop``; return the kept old indices of the initializers that became smaller."""
+    writer = _Writer(graph)
+    for node, target in zip(analysis.tables.nodes, list(graph.nodes), strict=True):
+        rule = analysis.known.rules[node.index]
+        if node.index in analysis.liveness.needed and rule is not None:
+            rule.drop(node, NodeEdit(analysis, node, target, writer))
+    writer.finish()
+    remove_dead_nodes(graph)
+    return _kept_initializers(analysis)
+
+
+def _kept_initializers(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
+    table: dict[str, dict[str, list[int]]] = {}
+    for node in analysis.tables.nodes:
+        rule = analysis.known.rules[node.index]
+        if rule is None or node.index not in analysis.liveness.needed:
+            continue
+        for part in rule.parts(node, analysis.known.view):
+            indices = analysis.keep.indices(part.axis.value, part.axis.axis)
+            if indices is None:
+                continue
+            chosen = np.flatnonzero(np.isin(part.of, indices)).tolist()
+            table.setdefault(node.inputs[part.slot].name, {})[str(part.constant_axis)] = chosen
+    return dict(sorted(table.items()))
+
+
+class _Writer:
+    """Collects new nodes and constants; a constant that several nodes share stays shared while they agree on it."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self._graph = graph
+        self._names = set(graph.tensors())
+        self._before: dict[int, list[gs.Node]] = {}
+        self._after: dict[int, list[gs.Node]] = {}
+        self._shared: dict[str, list[tuple[np.ndarray, gs.Constant]]] = {}
+
+    def fresh(self, wanted: str) -> str:
+        """Return a tensor name that is not in use."""
+        name, number = wanted, 1
+        while name in self._names:
+            name, number = f"{wanted}_{number}", number + 1
+        self._names.add(name)
+        return name
+
+    def constant(self, wanted: str, array: np.ndarray) -> gs.Constant:
+        """Return a constant with this array, one object for equal arrays that come from the same constant."""
+        array = np.ascontiguousarray(array)
+        versions = self._shared.setdefault(wanted, [])
+        for known, constant in versions:
+            if known.dtype == array.dtype and np.array_equal(known, array):
+                return constant
+        name = wanted if not versions else self.fresh(wanted)
+        versions.append((array, gs.Constant(name, array)))
+        return versions[-1][1]
+
+    def insert(self, node: gs.Node, near: gs.Node, *, after: bool = False) -> None:
+        """Remember a new node beside an old one."""
+        (self._after if after else self._before).setdefault(id(near), []).append(node)
+
+    def finish(self) -> None:
+        """Put the new nodes in their places."""
+        self._graph.nodes = [
+            new
+            for node in self._graph.nodes
+            for new in (*self._before.get(id(node), ()), node, *self._after.get(id(node), ()))
+        ]
+
+
+class NodeEdit:
+    """What one node's ``drop`` may see and do (see `rules.base.Edit`)."""
+
+    def __init__(self, analysis: Analysis, node: Node, target: gs.Node, writer: _Writer) -> None:
+        self._analysis = analysis
+        self._node = node
+        self._target = target
+        self._writer = writer
+        self.view: View = analysis.known.view
+        self.needed = analysis.liveness.needed[node.index]
+
+    def kept(self, operand: Operand, axis: int) -> np.ndarray | None:
+        """Return the kept old indices along an axis in order, or None where all are kept."""
+        return self._analysis.keep.indices(operand.name, axis)
+
+    def live(self, operand: Operand) -> np.ndarray:
+        """Return the live positions of a value (bool, in its layout)."""
+        return self._analysis.liveness.live[operand.name]
+
+    def set_constant(self, slot: int, array: np.ndarray) -> None:
+        """Replace (or add) a constant input."""
+        inputs = self._target.inputs
+        old = self._node.inputs[slot] if slot < len(self._node.inputs) else None
+        same = old is not None and old.array is not None and old.array.dtype == array.dtype
+        if same and old is not None and old.array is not None and np.array_equal(old.array, array):
+            return
+        while len(inputs) <= slot:
+            inputs.append(gs.Variable.empty())
+        if old is not None and old.array is not None:
+            name = old.name
+        else:
+            name = self._writer.fresh(f"{self._node.outputs[0].name}_input{slot}")
+        inputs[slot] = self._writer.constant(name, array)
+
+    def set_attribute(self, name: str, value: object) -> None:
+        """Set an attribute, unless it has this value already (given or by default)."""
+        defaults = {"group": 1, "alpha": 1.0, "beta": 1.0, "allowzero": 0}
+        if self._target.attrs.get(name, defaults.get(name)) != value:
+            self._target.attrs[name] = value
+
+    def gather(self, slot: int, axis: int, indices: np.ndarray) -> None:
+        """Put a Gather before an input."""
+        source = self._target.inputs[slot]
+        name = self._writer.fresh(f"{source.name}_kept")
+        chosen = gs.Variable(name, dtype=source.dtype)
+        table = self._writer.constant(self._writer.fresh(f"{name}_indices"), indices.astype(np.int64))
+        node = gs.Node("Gather", f"{self._node.name}_gather{slot}", {"axis": axis}, [source, table], [chosen])
+        self._target.inputs[slot] = chosen
+        self._writer.insert(node, self._target)
+
+    def keep_inputs(self, slots: list[int]) -> None:
+        """Remove every input slot that is not listed."""
+        if len(slots) < len(self._target.inputs):
+            self._target.inputs = [self._target.inputs[slot] for slot in slots]
+
+    def add_after(self, array: np.ndarray) -> None:
+        """Add a constant to the node's output; the sum takes the output's name."""
+        output = self._target.outputs[0]
+        partial = gs.Variable(self._writer.fresh(f"{output.name}_before_bias"), dtype=output.dtype)
+        bias = self._writer.constant(self._writer.fresh(f"{output.name}_bias"), array)
+        self._target.outputs[0] = partial
+        node = gs.Node("Add", f"{self._node.name}_bias", {}, [partial, bias], [output])
+        self._writer.insert(node, self._target, after=True)
+
+    def bypass(self, slot: int) -> None:
+        """Let the readers of the node's output read this input in its place."""
+        source, output = self._target.inputs[slot], self._target.outputs[0]
+        if any(output is tensor for tensor in self._writer._graph.outputs):
+            self._target.op = "Identity"
+            self._target.attrs.clear()
+            self._target.inputs = [source]
+        else:
+            redirect(output, source)

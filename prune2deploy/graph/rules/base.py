@@ -1,0 +1,163 @@
+"""What a rule is: the functions of one operator that the four steps of the analysis call.
+
+A rule's functions are stateless. They read a `Node` and the facts of its values; only `drop` writes, through `Edit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from prune2deploy.graph.constraints import FROZEN, Constraint, Equal, Ids, Positions
+from prune2deploy.graph.fact import Fact, Numbers
+from prune2deploy.graph.node import Node, Operand
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The facts that rules read, and the numbers that they hand out."""
+
+    facts: Mapping[str, Fact]
+    numbers: Numbers
+
+    def of(self, operand: Operand) -> Fact:
+        """Return the fact of a value."""
+        return self.facts[operand.name]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Positions of which at least one must be live, since each can stand for all (aliases, or constants under padding).
+
+    ``positions`` are flat indices into the value's layout; ``weights`` are how large each one's multiple of the common
+    function is: a small one cannot stand for a large one without amplifying its rounding.
+    """
+
+    positions: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """What a reader needs of one input: the live positions (bool, in the layout of the value's fact), and choices."""
+
+    live: np.ndarray
+    choices: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a value."""
+
+    value: str
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """How one axis of a constant operand follows positions: index i belongs to position ``of[i]`` of ``axis``."""
+
+    slot: int
+    constant_axis: int
+    role: str
+    axis: Axis
+    of: np.ndarray
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of a layer: ``coefficient * (width of out) * (width of in) / divisor``.
+
+    ``into`` is None where the number of inputs per output does not change (depthwise); the coefficient holds it.
+    ``padded``: zero padding can reach an output.
+    """
+
+    coefficient: int
+    out: Axis
+    out_size: int
+    into: Axis | None
+    into_size: int
+    divisor: int = 1
+    padded: bool = False
+
+
+class Edit(Protocol):
+    """The kept positions as a rule's ``drop`` sees them, and the only ways in which it may change its node."""
+
+    view: View
+    needed: frozenset[int]
+
+    def kept(self, operand: Operand, axis: int) -> np.ndarray | None:
+        """Return the kept old indices along an axis in order, or None where all are kept."""
+
+    def live(self, operand: Operand) -> np.ndarray:
+        """Return the live positions of a value (bool, in its layout)."""
+
+    def set_constant(self, slot: int, array: np.ndarray) -> None:
+        """Replace (or add) a constant input."""
+
+    def set_attribute(self, name: str, value: object) -> None:
+        """Set an attribute."""
+
+    def gather(self, slot: int, axis: int, indices: np.ndarray) -> None:
+        """Put a Gather before an input."""
+
+    def keep_inputs(self, slots: list[int]) -> None:
+        """Remove every input slot that is not listed."""
+
+    def add_after(self, array: np.ndarray) -> None:
+        """Add a constant to the node's output."""
+
+    def bypass(self, slot: int) -> None:
+        """Let the readers of the node's output read this input in its place."""
+
+
+FactsFn = Callable[[Node, View], list[Fact] | None]
+LiveFn = Callable[[Node, list[np.ndarray | None], View], dict[int, Demand]]
+TiesFn = Callable[[Node, Positions, View, frozenset[int]], Iterable[Constraint]]
+DropFn = Callable[[Node, Edit], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The rule of one operator.
+
+    Attributes:
+        facts: input facts to output facts; None where this node is beyond the rule, which makes it opaque.
+        live: live output positions to demands on the inputs; an input slot that is left out is not needed at all.
+        ties: constraints between the positions of the inputs that are needed and of the outputs.
+        drop: applies the kept positions to the node; it decides nothing.
+        parts: how constant operands follow positions (what groups and the cost model are made of).
+        work: the layer's multiply-adds, where it has any.
+        kinds: word for reports: ``linear``, ``norm``, ``activation``, ``elementwise``, ``pool``, ``movement``.
+    """
+
+    facts: FactsFn
+    live: LiveFn
+    ties: TiesFn
+    drop: DropFn
+    kind: str
+    parts: Callable[[Node, View], list[Part]] = field(default=lambda node, view: [])
+    work: Callable[[Node, View], Work | None] = field(default=lambda node, view: None)
+
+
+def tie_axes(
+    positions: Positions, a: tuple[str, int], b: tuple[str, int], of_b: np.ndarray | None = None
+) -> Iterable[Constraint]:
+    """Tie position i of axis ``a`` to position ``of_b[i]`` (or i) of axis ``b``; an axis without positions freezes the other."""
+    ids_a, ids_b = positions.ids(*a), positions.ids(*b)
+    if ids_a is None and ids_b is None:
+        return
+    if ids_a is None or ids_b is None:
+        yield freeze(ids_a if ids_b is None else ids_b)
+        return
+    yield Equal(ids_a, ids_b if of_b is None else ids_b[of_b])
+
+
+def freeze(ids: Ids | None) -> Equal:
+    """Return the constraint that keeps all these positions."""
+    some = np.zeros(0, dtype=np.int64) if ids is None else ids
+    return Equal(some, np.full(len(some), FROZEN))

@@ -1,0 +1,278 @@
+"""Verify: that two graphs compute the same, by running both. Knows nothing of the rules, so it cannot repeat their mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from prune2deploy.errors import DeviceError, InputError, VerifyError, one_line
+
+RTOL = 1e-4
+NOISE_FACTOR = 8.0
+BATCHES = (1, 3)
+DYNAMIC_SIZE = 32
+Feeds = dict[str, np.ndarray]
+
+
+@dataclass
+class OutputResult:
+    """The worst agreement of one output channel by channel: its difference, and what was allowed there."""
+
+    name: str
+    difference: float = 0.0
+    limit: float = 0.0
+    relative: float = 0.0
+    where: str = ""
+
+
+@dataclass
+class Verification:
+    """What was compared and how well it agreed."""
+
+    outputs: list[OutputResult]
+    cases: int
+    rtol: float
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the section ``verify`` of a report."""
+        return {
+            "outputs": [vars(output) for output in self.outputs],
+            "cases": self.cases,
+            "rtol": self.rtol,
+            "notes": self.notes,
+        }
+
+
+def verify(
+    reference: Path | bytes,
+    candidate: Path | bytes,
+    *,
+    rtol: float = RTOL,
+    samples: Mapping[str, np.ndarray] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Return how well two graphs agree on seeded random, border-heavy, constant and (if given) real inputs.
+
+    Both graphs are checked by onnx, their shapes inferred, and run in ONNX Runtime with graph optimisations off and on.
+    Each output channel is compared against its own scale: the largest magnitude of the reference in it, times ``rtol``,
+    plus what the reference's own rounding moves (its outputs with optimisations on against off).
+
+    Args:
+        reference: the graph that is right.
+        candidate: the graph that must agree.
+        rtol: the difference allowed, relative to each channel's scale.
+        samples: real inputs by name, used besides the made ones.
+        shapes: shapes of inputs whose dynamic axes (other than the first) should not be 32.
+        seed: of the random inputs.
+
+    Raises:
+        VerifyError: if they differ anywhere by more than allowed, or their inputs or outputs do.
+        InputError: if the reference cannot be run.
+        DeviceError: if onnxruntime is not installed.
+    """
+    sides = [_Side(graph, name) for graph, name in ((reference, "the reference"), (candidate, "the candidate"))]
+    _same_contract(*sides)
+    results = {name: OutputResult(name) for name in sides[0].outputs}
+    notes: list[str] = []
+    cases = 0
+    for label, feeds in _cases(sides[0], samples, shapes or {}, seed):
+        want = [sides[0].run(feeds, optimised=optimised) for optimised in (False, True)]
+        for optimised, expected in zip((False, True), want, strict=True):
+            got = sides[1].run(feeds, optimised=optimised)
+            for name, result in results.items():
+                _compare(result, expected[name], got[name], _noise(want, name), rtol, label)
+        cases += 1
+    _raise_if_different(results.values(), rtol)
+    return Verification(list(results.values()), cases, rtol, notes)
+
+
+class _Side:
+    """One graph with its two ONNX Runtime sessions."""
+
+    def __init__(self, graph: Path | bytes, title: str) -> None:
+        self.title = f"'{graph}'" if isinstance(graph, Path) else title
+        self._check(graph)
+        self._sessions = {optimised: self._open(graph, optimised) for optimised in (False, True)}
+        session = self._sessions[True]
+        self.inputs = {item.name: (item.type, tuple(item.shape)) for item in session.get_inputs()}
+        self.outputs = {item.name: (item.type, tuple(item.shape)) for item in session.get_outputs()}
+
+    def _check(self, graph: Path | bytes) -> None:
+        try:
+            if isinstance(graph, Path):
+                onnx.checker.check_model(str(graph))
+            else:
+                onnx.checker.check_model(graph)
+        except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+            raise VerifyError(f"{self.title} is not a valid ONNX graph: {one_line(error, 200)}") from error
+
+    def _open(self, graph: Path | bytes, optimised: bool) -> Any:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            message = "onnxruntime is not installed, so nothing can be verified; pip install 'prune2deploy[cpu]'"
+            raise DeviceError(message) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        source = str(graph) if isinstance(graph, Path) else graph
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise VerifyError(f"ONNX Runtime refuses {self.title}: {one_line(error, 200)}") from error
+
+    def run(self, feeds: Feeds, *, optimised: bool) -> dict[str, np.ndarray]:
+        """Return the outputs by name."""
+        try:
+            values = self._sessions[optimised].run(None, feeds)
+        except Exception as error:  # as above
+            raise VerifyError(f"ONNX Runtime cannot run {self.title}: {one_line(error, 200)}") from error
+        return dict(zip(self.outputs, values, strict=True))
+
+
+def _same_contract(reference: _Side, candidate: _Side) -> None:
+    for kind in ("inputs", "outputs"):
+        want, got = getattr(reference, kind), getattr(candidate, kind)
+        if want != got:
+            raise VerifyError(f"the {kind} differ: {want} in {reference.title}, {got} in {candidate.title}")
+
+
+def _cases(
+    side: _Side, samples: Mapping[str, np.ndarray] | None, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> Iterator[tuple[str, Feeds]]:
+    random = np.random.default_rng(seed)
+    dynamic = any(isinstance(size, str) or size is None for _, shape in side.inputs.values() for size in shape)
+    for batch in BATCHES if dynamic else (1,):
+        sizes = {
+            name: _concrete(name, shape, batch, shapes.get(name), random) for name, (_, shape) in side.inputs.items()
+        }
+        for label, make in _MAKERS.items():
+            yield (
+                f"{label}, batch {batch}",
+                {name: _typed(make(random, sizes[name]), kind) for name, (kind, _) in side.inputs.items()},
+            )
+    if samples is not None:
+        missing = [name for name in side.inputs if name not in samples]
+        if missing:
+            raise InputError(f"the real samples lack the input '{missing[0]}'; give one array per input")
+        yield "real samples", {name: np.ascontiguousarray(samples[name]) for name in side.inputs}
+
+
+def _concrete(
+    name: str, shape: tuple[Any, ...], batch: int, given: tuple[int, ...] | None, random: np.random.Generator
+) -> tuple[int, ...]:
+    if given is not None:
+        return given
+    return tuple(
+        size if isinstance(size, int) else (batch if axis == 0 else DYNAMIC_SIZE) for axis, size in enumerate(shape)
+    )
+
+
+def _normal(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return random.standard_normal(shape)
+
+
+def _bordered(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Return values that are large on the border of the last two axes and small inside."""
+    values = random.standard_normal(shape) * 0.1
+    for axis in (-1, -2):
+        if len(shape) >= 3 and shape[axis] > 2:
+            index: list[Any] = [slice(None)] * len(shape)
+            for edge in (0, -1):
+                index[axis] = edge
+                values[tuple(index)] += 3 * random.standard_normal(values[tuple(index)].shape)
+    return values
+
+
+def _flat(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.full(shape, random.uniform(0.5, 1.5))
+
+
+_MAKERS = {"random": _normal, "border-heavy": _bordered, "constant": _flat}
+
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def _typed(values: np.ndarray, kind: str) -> np.ndarray:
+    dtype = _TYPES.get(kind)
+    if dtype is None:
+        raise InputError(f"inputs of type {kind} cannot be made up; give real samples")
+    if np.issubdtype(dtype, np.integer):
+        return np.clip(np.abs(values) * 50, 0, 100).astype(dtype)
+    return (values > 0) if dtype is np.bool_ else values.astype(dtype)
+
+
+def _noise(runs: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
+    a, b = (run[name].astype(np.float64) for run in runs)
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(np.abs(a - b))
+
+
+def _channel_axes(rank: int) -> tuple[int, ...]:
+    """Return the axes that tell channels apart: 1, and the last one where boxes lie along axis 1."""
+    return () if rank < 2 else (1, 2) if rank == 3 else (1,)
+
+
+def _scale(values: np.ndarray) -> np.ndarray:
+    """Return each element's scale: the largest magnitude in its channel, the smaller one where two axes may be it."""
+    magnitudes = np.nan_to_num(np.abs(values.astype(np.float64)), posinf=0.0)
+    scale = np.full(values.shape, magnitudes.max(initial=0.0))
+    for axis in _channel_axes(values.ndim):
+        others = tuple(other for other in range(values.ndim) if other != axis)
+        scale = np.minimum(scale, magnitudes.max(axis=others, keepdims=True, initial=0.0))
+    return scale
+
+
+def _compare(
+    result: OutputResult, expected: np.ndarray, got: np.ndarray, noise: np.ndarray, rtol: float, label: str
+) -> None:
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        raise VerifyError(
+            f"output '{result.name}' is {got.dtype}{list(got.shape)} in place of {expected.dtype}{list(expected.shape)} "
+            f"on {label} inputs"
+        )
+    if not expected.size:
+        return
+    a, b = expected.astype(np.float64), got.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        difference = np.where(same, 0.0, np.abs(a - b))
+    difference = np.nan_to_num(difference, nan=np.inf, posinf=np.inf)
+    epsilon = np.finfo(expected.dtype).eps if np.issubdtype(expected.dtype, np.floating) else 0.0
+    scale = _scale(a)
+    moved = noise.max(axis=tuple(other for other in range(a.ndim) if other != 1), keepdims=True) if a.ndim > 1 else noise
+    limit = rtol * scale + NOISE_FACTOR * moved + epsilon * float(scale.max())
+    ratio = difference / np.maximum(limit, np.finfo(np.float64).tiny)
+    worst = int(ratio.argmax())
+    relative = float(ratio.flat[worst])
+    if relative > result.relative or not result.where:
+        result.difference, result.limit = float(difference.flat[worst]), float(np.broadcast_to(limit, a.shape).flat[worst])
+        result.relative, result.where = min(relative, 1e308), label
+
+
+def _raise_if_different(results: Iterator[OutputResult] | Any, rtol: float) -> None:
+    bad = [result for result in results if result.relative > 1]
+    if bad:
+        worst = max(bad, key=lambda result: result.relative)
+        raise VerifyError(
+            f"output '{worst.name}' differs by {worst.difference:.2e} (limit {worst.limit:.1e}, rtol {rtol:.0e}) on "
+            f"{worst.where} inputs"
+        )
