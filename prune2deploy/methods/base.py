@@ -1,0 +1,203 @@
+"""What a pruning method is: its hyper-parameters, what it needs, its hooks, its scores, and a plan."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from prune2deploy.budget import Ranking, Target, masks_to_budget, share
+from prune2deploy.errors import InputError
+from prune2deploy.groups import Groups
+from prune2deploy.masks import widths
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Weights = Mapping[str, np.ndarray]
+"""Parameter or initializer name -> array; a torch network's (`apply.weights_of`) or an ONNX file's."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method cannot do without; ``norms``: BatchNorm layers that are not folded into convolutions."""
+
+    data: bool = False
+    labels: bool = False
+    pretrained: bool = False
+    trains_weights: bool = False
+    norms: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """What a method decided.
+
+    Attributes:
+        keep: for every group, bool [channels]; True keeps.
+        offsets: group id -> float64 [channels]: how much more than the masked network a removed channel's readers
+            should see, on average; absent is nothing. (Masked, they see f(0) of the activations on the way.)
+        report: what happened, as JSON values.
+    """
+
+    keep: dict[str, np.ndarray]
+    offsets: dict[str, np.ndarray] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a numeric hyper-parameter, both included; written as ``Annotated[int, Range(low=0)]``."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"{self.low:g} or more" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+
+
+class TrainingHooks:
+    """The hooks of a training loop. These do nothing; a method that trains has its own in place of those it needs.
+
+    The order in one step: ``penalty`` is added to the loss, backward, ``after_backward``, the optimizer's step,
+    ``after_step``. A method is frozen, so what changes while it trains is the ``state`` that ``prepare`` returned.
+    """
+
+    def prepare(self, module: "nn.Module", groups: Groups, data: Iterable[Any] | None = None) -> Any:
+        """Return the state that the other hooks and ``scores`` get; may change the module in place."""
+        return None
+
+    def penalty(self, state: Any) -> "Tensor | float":
+        """Return what is added to the loss of this step."""
+        return 0.0
+
+    def after_backward(self, state: Any) -> None:
+        """Edit gradients."""
+
+    def after_step(self, state: Any) -> None:
+        """Edit weights."""
+
+    def epoch_end(self, state: Any, epoch: int) -> None:
+        """Take note that ``epoch`` (counted from 0) is over."""
+
+
+class Method(TrainingHooks, ABC):
+    """A pruning method; a subclass is a final frozen dataclass of its own hyper-parameters.
+
+    Hyper-parameters are annotated with ``bool``, ``int``, ``float``, ``str``, ``Literal[...]`` or
+    ``Annotated[int, Range(...)]``, and are checked against that when the method is made.
+    """
+
+    needs: ClassVar[Needs]
+    ranking: ClassVar[Ranking] = "uniform"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for option in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, option.name)
+            if not _fits(value, hints[option.name]):
+                name = type(self).__name__.lower()
+                allowed = _allowed(hints[option.name])
+                raise InputError(f"method '{name}': option '{option.name}' cannot be {value!r}; it is {allowed}")
+
+    @abstractmethod
+    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+        """Return group id -> float64 [channels], higher keeps, for the prunable groups that it can score.
+
+        A group that is left out is kept whole. ``state`` is what ``prepare`` returned; scores that need no data
+        need no state either.
+
+        Raises:
+            InputError: if the network is not one that the method can score.
+        """
+
+    def offsets(self, weights: Weights, groups: Groups, keep: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return `PruneResult.offsets` for the removed channels; none by default."""
+        return {}
+
+    def plan(
+        self,
+        weights: Weights,
+        groups: Groups,
+        target: Target,
+        *,
+        ranking: Ranking | None = None,
+        round_to: int = 1,
+        floors: Mapping[str, int] | None = None,
+        min_keep: int = 1,
+        state: Any = None,
+    ) -> PruneResult:
+        """Return the masks that keep the best channels within the target; the arguments are `masks_to_budget`'s.
+
+        Raises:
+            InputError: if the network cannot be scored or the target cannot be reached.
+        """
+        scores = self.scores(weights, groups, state)
+        ranking = ranking or self.ranking
+        keep = masks_to_budget(
+            scores, groups, target, ranking=ranking, round_to=round_to, floors=floors, min_keep=min_keep
+        )
+        kept = widths(keep)
+        report = {
+            "target": str(target),
+            "ranking": ranking,
+            "round_to": round_to,
+            "widths": kept,
+            "share": {"macs": share(groups, "macs", kept), "params": share(groups, "params", kept)},
+            "not_scored": [group.id for group in groups.prunable if group.id not in scores],
+        }
+        return PruneResult(keep, self.offsets(weights, groups, keep), report)
+
+
+def describe_options(method: type[Method]) -> dict[str, str]:
+    """Return a method's hyper-parameters, each with what it may be and its default."""
+    hints = get_type_hints(method, include_extras=True)
+    return {
+        option.name: f"{_allowed(hints[option.name])}; default {option.default}"
+        for option in fields(method)  # type: ignore[arg-type]  # every subclass is a dataclass
+    }
+
+
+def array(weights: Weights, name: str) -> np.ndarray:
+    """Return one weight in float64.
+
+    Raises:
+        InputError: if the network has no weight of that name.
+    """
+    if name not in weights:
+        raise InputError(f"the network has no weight '{name}', which its groups name; analyse this network again")
+    return np.asarray(weights[name], dtype=np.float64)
+
+
+def per_channel(values: np.ndarray, axis: int, indices: np.ndarray) -> np.ndarray:
+    """Return the parts of an array that belong to each channel, as [channels, everything else].
+
+    Args:
+        values: any array.
+        axis: the axis that the channels index.
+        indices: int [channels, k], as `groups.Member.indices`.
+    """
+    taken: np.ndarray = np.moveaxis(values, axis, 0)[indices]
+    return taken.reshape(len(indices), -1)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint))
+    if get_origin(hint) is Annotated:
+        kind, limits = get_args(hint)
+        return _fits(value, kind) and limits.low <= value <= limits.high
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is hint
+
+
+def _allowed(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(allowed) for allowed in get_args(hint))
+    if get_origin(hint) is Annotated:
+        kind, limits = get_args(hint)
+        return f"{_allowed(kind)}, {limits}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]

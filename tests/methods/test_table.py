@@ -1,0 +1,150 @@
+"""What every method of the table must do."""
+
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_groups import TOYS, narrowed, permuted, randomise, residual_groups
+
+import prune2deploy.methods
+from prune2deploy.apply import apply_masks, weights_of
+from prune2deploy.budget import Target, share
+from prune2deploy.errors import InputError
+from prune2deploy.masks import widths
+from prune2deploy.methods import METHODS, describe_options, load_method, method_class
+
+BLIND_TO_WEIGHTS = {"random"}
+
+
+@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_fit_the_network_and_the_target(name: str, toy: str) -> None:
+    make, make_groups, shape = TOYS[toy]
+    net, groups = randomise(make()), make_groups()
+    target = Target("macs", 0.6)
+    result = load_method(name).plan(weights_of(net), groups, target)
+    assert result.keep.keys() == groups.full_widths().keys()
+    for group in groups.groups:
+        mask = result.keep[group.id]
+        assert mask.dtype == np.bool_
+        assert mask.shape == (group.size,)
+        assert mask.any()
+        assert mask.all() or group.prunable
+    assert share(groups, "macs", widths(result.keep)) == result.report["share"]["macs"] <= 0.6
+    apply_masks(net, groups, result.keep)
+    x = torch.randn(shape)
+    assert (net(x) - narrowed(net, groups, result.keep)(x)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_are_finite_float64_vectors_and_the_same_twice(name: str) -> None:
+    groups, weights = residual_groups(), weights_of(randomise(TOYS["residual"][0]()))
+    method = load_method(name)
+    scores = method.scores(weights, groups)
+    assert list(scores) == [group.id for group in groups.prunable]
+    for group_id, score in scores.items():
+        assert score.dtype == np.float64
+        assert score.shape == (groups[group_id].size,)
+        assert np.isfinite(score).all()
+        assert len(np.unique(score)) > 1
+    again = load_method(name).scores(weights, groups)
+    assert all(np.array_equal(again[group_id], score) for group_id, score in scores.items())
+
+
+@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - BLIND_TO_WEIGHTS))
+def test_permuting_filters_permutes_scores_and_changes_nothing_else(name: str, toy: str) -> None:
+    make, make_groups, shape = TOYS[toy]
+    groups, net = make_groups(), randomise(make())
+    weights = weights_of(net)
+    method = load_method(name)
+    before = method.scores(weights, groups)
+    moved_id = next(iter(before))
+    order = np.random.default_rng(5).permutation(groups[moved_id].size)
+    moved = permuted(weights, groups[moved_id], order)
+    after = method.scores(moved, groups)
+    for group_id, score in before.items():
+        expected = score[order] if group_id == moved_id else score
+        np.testing.assert_allclose(after[group_id], expected, rtol=1e-12)
+    if toy == "residual":  # moving a grouped convolution's channels within its blocks needs its rows moved as well
+        x = torch.randn(shape)
+        dense = net(x)
+        net.load_state_dict({key: torch.from_numpy(value) for key, value in moved.items()})
+        torch.testing.assert_close(net(x), dense)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_says_what_the_class_says(name: str) -> None:
+    found = method_class(name)
+    assert found.__name__.lower() == name
+    assert found.needs == METHODS[name].needs
+    assert is_dataclass(found)
+    assert found.__dataclass_params__.frozen
+    assert getattr(found, "__final__", False)
+    assert all(field.default is not None for field in fields(found))
+    assert len(METHODS[name].summary) < 100
+    assert describe_options(found).keys() == {field.name for field in fields(found)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hooks_of_methods_that_do_not_train_do_nothing(name: str) -> None:
+    if METHODS[name].needs.trains_weights:
+        pytest.skip("this method trains")
+    method, net = load_method(name), randomise(TOYS["residual"][0]())
+    before = weights_of(net)
+    state = method.prepare(net, residual_groups())
+    assert method.penalty(state) == 0.0
+    method.after_backward(state)
+    method.after_step(state)
+    method.epoch_end(state, 0)
+    assert all(np.array_equal(values, before[key]) for key, values in weights_of(net).items())
+
+
+def test_every_method_module_is_in_the_table() -> None:
+    folder = Path(prune2deploy.methods.__file__).parent
+    named = {info.target.partition(":")[0].rpartition(".")[2] for info in METHODS.values()}
+    with_a_method = {path.stem for path in folder.glob("*.py") if "(Method):" in path.read_text()}
+    assert with_a_method == named
+
+
+def test_the_table_and_scores_that_need_no_data_work_without_torch() -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np\n"
+        "from prune2deploy.methods import METHODS, load_method\n"
+        "from prune2deploy.groups import Group, Groups, Member\n"
+        "from prune2deploy.cost import Cost\n"
+        "i = np.arange(4)[:, None]\n"
+        "roles = {'w': 'filter', 's': 'scale', 'b': 'shift'}\n"
+        "group = Group('g', 4, tuple(Member(n, 0, r, i, n) for n, r in roles.items()), ('Relu',))\n"
+        "weights = {'w': np.ones((4, 3, 1, 1)), 's': np.arange(4.0), 'b': np.arange(4.0)}\n"
+        "groups = Groups((group,), (), Cost((), ()))\n"
+        "print(*[len(load_method(n).scores(weights, groups)['g']) for n in ('l1', 'bn', 'random')], len(METHODS))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4", "4", "4", str(len(METHODS))]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("l2", {}, "there is no method 'l2'; the methods are bn, l1, random"),
+        ("bn", {"scor": "mean"}, r"'bn' has no option 'scor'; its options are score \(one of mean, .*mean_fold"),
+        ("l1", {"norm": 2}, "'l1' has no option 'norm'; its options are none"),
+        ("bn", {"score": "median"}, "option 'score' cannot be 'median'; it is one of mean, rms, std"),
+        ("bn", {"mean_fold": 1}, "option 'mean_fold' cannot be 1; it is true or false"),
+        ("random", {"seed": -1}, "option 'seed' cannot be -1; it is a whole number, 0 or more"),
+        ("random", {"seed": 1.5}, "option 'seed' cannot be 1.5; it is a whole number"),
+        ("random", {"seed": True}, "option 'seed' cannot be True"),
+    ],
+)
+def test_wrong_names_and_options_are_refused_with_those_that_exist(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_method(name, **options)
