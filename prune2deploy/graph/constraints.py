@@ -2,7 +2,8 @@
 
 Positions are numbered: each (value, expanded axis) owns a block of consecutive ids; id 0 is *frozen*, always kept.
 Equalities are solved first, by connected components; the others are worked until nothing changes. All are
-monotone (they only ever add positions), so the result is the least one and does not depend on the order of work.
+monotone: they only ever add positions. Counts have a choice which ones to add, so they come last and take the lowest
+indices, readers before what they read: what must be kept anyway then serves them.
 """
 
 from __future__ import annotations
@@ -177,6 +178,10 @@ def _pairs(constraint: Constraint, also_implied: bool) -> Iterable[tuple[Ids, Id
         cells = [axis.ravel() for side in grids for axis in side if (axis != FROZEN).any()]
         for axis in cells[1:]:
             yield cells[0], axis
+    elif any(column.shape[1] == 1 for column in constraint.columns):  # one input per group: it goes with its outputs
+        first = constraint.columns[0][:, 0]
+        for column in constraint.columns:
+            yield np.repeat(first, column.shape[1]), column.ravel()
     else:
         for column in constraint.columns:  # the k-th position of every row goes with the k-th of the first
             for row in column[1:]:
@@ -184,7 +189,7 @@ def _pairs(constraint: Constraint, also_implied: bool) -> Iterable[tuple[Ids, Id
 
 
 def close(count: int, constraints: Sequence[Constraint], kept: np.ndarray) -> tuple[np.ndarray, Ids]:
-    """Return the least superset of ``kept`` (bool by id) that satisfies every constraint, and the classes.
+    """Return a least superset of ``kept`` (bool by id) that satisfies every constraint, and the classes.
 
     Runs in time linear in the positions that constraints touch, times how often each constraint must be revisited.
     """
@@ -199,10 +204,11 @@ def close(count: int, constraints: Sequence[Constraint], kept: np.ndarray) -> tu
     class_kept[class_of[kept]] = True
     kept = class_kept[class_of]
 
-    queue = deque(range(len(work)))
+    queue = deque(index for index, constraint in enumerate(work) if not isinstance(constraint, Count))
+    counts = [index for index, constraint in enumerate(work) if isinstance(constraint, Count)]  # last in, first out
     queued = np.ones(len(work), dtype=bool)
-    while queue:
-        index = queue.popleft()
+    while queue or counts:
+        index = queue.popleft() if queue else counts.pop()
         queued[index] = False
         new = np.unique(class_of[work[index].close(kept)])
         for class_id in new[~class_kept[new]].tolist():
@@ -211,7 +217,7 @@ def close(count: int, constraints: Sequence[Constraint], kept: np.ndarray) -> tu
             for other in touched_by.get(class_id, ()):
                 if not queued[other]:
                     queued[other] = True
-                    queue.append(other)
+                    (counts if isinstance(work[other], Count) else queue).append(other)
     return kept, class_of
 
 

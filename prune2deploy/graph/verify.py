@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from prune2deploy.errors import DeviceError, InputError, VerifyError, one_line
 
 RTOL = 1e-4
 NOISE_FACTOR = 8.0
+"""How many times the reference's own rounding (optimisations on against off) is allowed, by channel."""
+LAST_PLACES = 4.0
+"""Units in the last place of the largest output that are always allowed."""
+HUGE = 1e308
 BATCHES = (1, 3)
 DYNAMIC_SIZE = 32
 Feeds = dict[str, np.ndarray]
@@ -37,7 +41,6 @@ class Verification:
     outputs: list[OutputResult]
     cases: int
     rtol: float
-    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
         """Return the section ``verify`` of a report."""
@@ -45,7 +48,6 @@ class Verification:
             "outputs": [vars(output) for output in self.outputs],
             "cases": self.cases,
             "rtol": self.rtol,
-            "notes": self.notes,
         }
 
 
@@ -61,8 +63,8 @@ def verify(
     """Return how well two graphs agree on seeded random, border-heavy, constant and (if given) real inputs.
 
     Both graphs are checked by onnx, their shapes inferred, and run in ONNX Runtime with graph optimisations off and on.
-    Each output channel is compared against its own scale: the largest magnitude of the reference in it, times ``rtol``,
-    plus what the reference's own rounding moves (its outputs with optimisations on against off).
+    Each output channel is compared against its own scale: the largest magnitude of the reference in it over all inputs,
+    times ``rtol``, plus what rounding alone moves (the reference with optimisations on against off).
 
     Args:
         reference: the graph that is right.
@@ -79,18 +81,18 @@ def verify(
     """
     sides = [_Side(graph, name) for graph, name in ((reference, "the reference"), (candidate, "the candidate"))]
     _same_contract(*sides)
+    cases = list(_cases(sides[0], samples, shapes or {}, seed))
+    expected = [[sides[0].run(feeds, optimised=optimised) for optimised in (False, True)] for _, feeds in cases]
+    scales = _Scales(run for runs in expected for run in runs)
     results = {name: OutputResult(name) for name in sides[0].outputs}
-    notes: list[str] = []
-    cases = 0
-    for label, feeds in _cases(sides[0], samples, shapes or {}, seed):
-        want = [sides[0].run(feeds, optimised=optimised) for optimised in (False, True)]
-        for optimised, expected in zip((False, True), want, strict=True):
+    for (label, feeds), runs in zip(cases, expected, strict=True):
+        for optimised, want in zip((False, True), runs, strict=True):
             got = sides[1].run(feeds, optimised=optimised)
             for name, result in results.items():
-                _compare(result, expected[name], got[name], _noise(want, name), rtol, label)
-        cases += 1
-    _raise_if_different(results.values(), rtol)
-    return Verification(list(results.values()), cases, rtol, notes)
+                allowed = rtol * scales.of(name, want[name]) + _rounding(runs, name, scales.largest[name])
+                _compare(result, want[name], got[name], allowed, label)
+    _raise_if_different(list(results.values()), rtol)
+    return Verification(list(results.values()), len(cases), rtol)
 
 
 class _Side:
@@ -220,55 +222,75 @@ def _typed(values: np.ndarray, kind: str) -> np.ndarray:
     return (values > 0) if dtype is np.bool_ else values.astype(dtype)
 
 
-def _noise(runs: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
-    a, b = (run[name].astype(np.float64) for run in runs)
-    with np.errstate(invalid="ignore"):
-        return np.nan_to_num(np.abs(a - b))
+def _magnitudes(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(np.abs(values.astype(np.float64)), posinf=0.0)
 
 
 def _channel_axes(rank: int) -> tuple[int, ...]:
-    """Return the axes that tell channels apart: 1, and the last one where boxes lie along axis 1."""
+    """Return the axes that tell channels apart: 1, and the last one too where boxes may lie along axis 1."""
     return () if rank < 2 else (1, 2) if rank == 3 else (1,)
 
 
-def _scale(values: np.ndarray) -> np.ndarray:
-    """Return each element's scale: the largest magnitude in its channel, the smaller one where two axes may be it."""
-    magnitudes = np.nan_to_num(np.abs(values.astype(np.float64)), posinf=0.0)
-    scale = np.full(values.shape, magnitudes.max(initial=0.0))
-    for axis in _channel_axes(values.ndim):
-        others = tuple(other for other in range(values.ndim) if other != axis)
-        scale = np.minimum(scale, magnitudes.max(axis=others, keepdims=True, initial=0.0))
-    return scale
+def _over_others(values: np.ndarray, axis: int) -> np.ndarray:
+    others = tuple(other for other in range(values.ndim) if other != axis)
+    return np.asarray(values.max(axis=others, keepdims=True, initial=0.0))
 
 
-def _compare(
-    result: OutputResult, expected: np.ndarray, got: np.ndarray, noise: np.ndarray, rtol: float, label: str
-) -> None:
-    if expected.shape != got.shape or expected.dtype != got.dtype:
+class _Scales:
+    """The largest magnitude of every output, and of every channel of it, over all runs of the reference."""
+
+    def __init__(self, runs: Iterable[dict[str, np.ndarray]]) -> None:
+        self.largest: dict[str, float] = {}
+        self._channels: dict[tuple[str, int, int], np.ndarray] = {}
+        for run in runs:
+            for name, values in run.items():
+                magnitudes = _magnitudes(values)
+                self.largest[name] = max(self.largest.get(name, 0.0), float(magnitudes.max(initial=0.0)))
+                for axis in _channel_axes(values.ndim):
+                    key = (name, axis, values.shape[axis])
+                    found = _over_others(magnitudes, axis)
+                    self._channels[key] = np.maximum(self._channels.get(key, 0.0), found)
+
+    def of(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return each element's scale: its channel's; the smaller one where two axes may tell channels apart."""
+        scale = np.full(values.shape, self.largest[name])
+        for axis in _channel_axes(values.ndim):
+            scale = np.minimum(scale, self._channels[name, axis, values.shape[axis]])
+        return scale
+
+
+def _rounding(runs: list[dict[str, np.ndarray]], name: str, largest: float) -> np.ndarray:
+    """Return what rounding alone may move, by channel: from the reference's two runs, and at least a few last places."""
+    a, b = (run[name] for run in runs)
+    with np.errstate(invalid="ignore"):
+        moved = _magnitudes(a.astype(np.float64) - b.astype(np.float64))
+    epsilon = float(np.finfo(a.dtype).eps) if np.issubdtype(a.dtype, np.floating) else 0.0
+    by_channel = _over_others(moved, 1) if a.ndim > 1 else moved.max(initial=0.0)
+    return np.asarray(NOISE_FACTOR * by_channel + LAST_PLACES * epsilon * largest)
+
+
+def _compare(result: OutputResult, want: np.ndarray, got: np.ndarray, allowed: np.ndarray, label: str) -> None:
+    if want.shape != got.shape or want.dtype != got.dtype:
         raise VerifyError(
-            f"output '{result.name}' is {got.dtype}{list(got.shape)} in place of {expected.dtype}{list(expected.shape)} "
+            f"output '{result.name}' is {got.dtype}{list(got.shape)} in place of {want.dtype}{list(want.shape)} "
             f"on {label} inputs"
         )
-    if not expected.size:
+    if not want.size:
         return
-    a, b = expected.astype(np.float64), got.astype(np.float64)
+    a, b = want.astype(np.float64), got.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
-        difference = np.where(same, 0.0, np.abs(a - b))
-    difference = np.nan_to_num(difference, nan=np.inf, posinf=np.inf)
-    epsilon = np.finfo(expected.dtype).eps if np.issubdtype(expected.dtype, np.floating) else 0.0
-    scale = _scale(a)
-    moved = noise.max(axis=tuple(other for other in range(a.ndim) if other != 1), keepdims=True) if a.ndim > 1 else noise
-    limit = rtol * scale + NOISE_FACTOR * moved + epsilon * float(scale.max())
-    ratio = difference / np.maximum(limit, np.finfo(np.float64).tiny)
+        difference = np.nan_to_num(np.where(same, 0.0, np.abs(a - b)), nan=np.inf, posinf=np.inf)
+    ratio = difference / np.maximum(allowed, np.finfo(np.float64).tiny)
     worst = int(ratio.argmax())
     relative = float(ratio.flat[worst])
     if relative > result.relative or not result.where:
-        result.difference, result.limit = float(difference.flat[worst]), float(np.broadcast_to(limit, a.shape).flat[worst])
-        result.relative, result.where = min(relative, 1e308), label
+        result.difference = min(float(difference.flat[worst]), HUGE)
+        result.limit = float(np.broadcast_to(allowed, a.shape).flat[worst])
+        result.relative, result.where = min(relative, HUGE), label
 
 
-def _raise_if_different(results: Iterator[OutputResult] | Any, rtol: float) -> None:
+def _raise_if_different(results: list[OutputResult], rtol: float) -> None:
     bad = [result for result in results if result.relative > 1]
     if bad:
         worst = max(bad, key=lambda result: result.relative)

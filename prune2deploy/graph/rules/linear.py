@@ -169,8 +169,8 @@ def linear_rule(read: Reader, write: Writer, roles: Callable[[Node], list[tuple[
         out = positions.ids(node.outputs[0].name, linear.out_axis)
         if into is None or out is None:
             yield freeze(out if into is None else into)
-        elif linear.depthwise:
-            yield Equal(out, np.repeat(into, len(out) // len(into)))
+        elif len(out) == len(into) and linear.depthwise:
+            yield Equal(out, into)
         else:
             yield Count((into.reshape(linear.groups, -1), out.reshape(linear.groups, -1)))
 
@@ -302,8 +302,8 @@ def _dropped(node: Node, linear: Linear, edit: Edit) -> tuple[np.ndarray, np.nda
         idle = constant | ~live_rows
         weight = np.where(idle[:, None, None], 0, linear.weight).astype(linear.weight.dtype)
         bias = np.where(idle, np.where(constant, shift, 0.0), linear.bias)
-        groups = len(rows) * linear.groups // len(linear.weight)
-        return weight[rows], bias[rows], groups
+        groups = np.unique(rows // (len(linear.weight) // linear.groups))
+        return weight[rows], bias[rows], len(groups)
 
     live_mask = edit.live(operand)
     axes = tuple(axis for axis in range(live_mask.ndim) if axis != linear.in_axis)
