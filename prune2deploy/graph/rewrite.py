@@ -78,7 +78,7 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
         analysis=analysis,
         layers=layers,
         kept=kept,
-        opaque=dict(sorted(Counter(_opaque(analysis)).items())),
+        opaque=opaque_operators(analysis),
         removed_channels=sum(row.before - row.after for row in layers),
         removed_layers=[row.name for row in layers if row.after == 0],
         seconds={
@@ -89,12 +89,14 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     )
 
 
-def _opaque(analysis: Analysis) -> list[str]:
-    return [
+def opaque_operators(analysis: Analysis) -> dict[str, int]:
+    """Return how many nodes of which operator no rule covers; nodes without computed inputs are not counted."""
+    names = [
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         for node, rule in zip(analysis.tables.nodes, analysis.known.rules, strict=True)
         if rule is None and any(operand.is_value for operand in node.inputs)
     ]
+    return dict(sorted(Counter(names).items()))
 
 
 def _stamp(model: onnx.ModelProto) -> None:

@@ -1,0 +1,446 @@
+"""The command line: one function per command, and the only place that prints and exits."""
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from prune2deploy import __version__
+from prune2deploy.errors import InputError, P2DError, StrictError, one_line
+
+SCHEMA_VERSION = 1
+
+app = typer.Typer(
+    name="p2d",
+    help="Prune a CNN, remove the dead channels from its ONNX graph with proof, and measure latency honestly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 5 if nothing was removed or it is not faster.")]
+
+
+def main() -> None:
+    """Run the command line; user errors end in one line on stderr, bugs keep their traceback."""
+    try:
+        app()
+    except P2DError as error:
+        _fail(one_line(error, 2000), error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"the disk is full ({error.filename or 'while writing'}); free some space and run it again", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; files that were being written keep their earlier contents", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"p2d: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _emit(document: dict[str, Any], shown: RenderableType, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, sort_keys=True))
+    else:
+        out.print(shown)
+
+
+@contextmanager
+def _live() -> Iterator[Any]:
+    from prune2deploy.screen import Live
+
+    with Live(err).shown() as live:
+        yield live
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"p2d {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def prune(
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help="A name of 'p2d networks', or FILE.py:FACTORY.")],
+    run: Out,
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or .pt with tensors only.")] = None,
+    data: Annotated[str, typer.Option(help="digits, cifar10:DIR, cifar100:DIR, imagefolder:DIR or FILE.py:FACTORY.")] = "digits",
+    method: Annotated[str, typer.Option(help="A name of 'p2d methods'.")] = "l1",
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method.")] = None,
+    target: Annotated[str, typer.Option(help="What is to remain: macs=SHARE or params=SHARE.")] = "macs=0.5",
+    round_to: Annotated[int, typer.Option(min=1, help="Round tensor widths to multiples that keep the target.")] = 1,
+    keep: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers whose parameters match whole.")] = None,
+    finetune_epochs: Annotated[int, typer.Option(min=0, help="Train the masked network on for so many epochs.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of fine-tuning.")] = 0.05,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure BatchNorm statistics anew after masking.")] = False,
+    input_: Annotated[str | None, typer.Option("--input", metavar="NAME:SHAPE", help="Shape of one sample, as input:3,32,32.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Normalisation by channel, as 0.5,0.5,0.5.")] = None,
+    std: Annotated[str | None, typer.Option(help="Normalisation by channel, as 0.2,0.2,0.2.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the channels to remove, mask them, fine-tune, and write masks and weights to RUN."""
+    from prune2deploy import pipeline
+    from prune2deploy.recipe import make_recipe, resolved
+    from prune2deploy.report import read_report
+    from prune2deploy.screen import run_summary
+
+    if network.endswith(".onnx"):
+        raise InputError(f"'{network}' is an ONNX file: pruning needs the torch network; 'p2d slim {network}' removes dead channels")
+    recipe = make_recipe(
+        {
+            "network": network,
+            "weights": None if weights is None else str(weights),
+            "data": data,
+            "method": method,
+            "method_options": dict(_key_value(text) for text in option or []),
+            "target": target,
+            "round_to": round_to,
+            "keep": tuple(keep or ()),
+            "recalibrate": recalibrate,
+            "input_shape": _shape(input_),
+            "mean": _numbers("--mean", mean),
+            "std": _numbers("--std", std),
+            "seed": seed,
+            "device": device,
+            "threads": threads,
+            "finetune": {"epochs": finetune_epochs, "learning_rate": learning_rate, "batch_size": batch_size},
+        }
+    )
+    with _live() as live:
+        pipeline.prune(resolved(recipe, Path.cwd()), run, note=live.note, on_progress=live.training)
+    _emit({"prune": read_report(run)["prune"]}, run_summary(run), as_json=as_json)
+    _say(f"next: p2d export {run}", as_json=as_json)
+
+
+def _say(text: str, *, as_json: bool) -> None:
+    if not as_json:
+        out.print(text, soft_wrap=True)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--option '{text}' is not KEY=VALUE; write it like --option score=std")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{name} '{text}' is not a list of numbers; write it like 0.5,0.5,0.5") from error
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        sizes = tuple(int(part) for part in text.partition(":")[2].replace("x", ",").split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"--input '{text}' is not NAME:SHAPE; write it like input:3,32,32, without the batch")
+    return sizes
+
+
+@app.command()
+def export(
+    run: Run,
+    trt: Annotated[bool, typer.Option("--trt", help="Also build the TensorRT engine.")] = False,
+    precision: Annotated[str, typer.Option(help="Of the engine: fp32 or tf32.")] = "fp32",
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Write dense.onnx, masked.onnx and, once it is verified, slim.onnx of RUN."""
+    from prune2deploy import pipeline
+    from prune2deploy.report import read_report
+    from prune2deploy.screen import run_summary
+
+    with _live() as live:
+        pipeline.export(run, note=live.note)
+    report = read_report(run)
+    _emit({name: report[name] for name in ("export", "slim", "verify")}, run_summary(run), as_json=as_json)
+    _say(f"slim graph: {run / 'slim.onnx'}", as_json=as_json)
+    if trt:
+        with _live() as live:
+            built = pipeline.build_engine(run, precision, note=live.note)
+        _say(f"engine: {built.engine} ({built.size_bytes:,} bytes, TensorRT {built.tensorrt})", as_json=as_json)
+    _require_success(run, strict=strict)
+
+
+def _require_success(run: Path, *, strict: bool) -> None:
+    from prune2deploy.findings import Findings
+    from prune2deploy.screen import loud
+
+    if strict and (texts := loud(Findings(run))):
+        raise StrictError(texts[0])
+
+
+@app.command()
+def slim(
+    model: Model,
+    target: Annotated[Path, typer.Option("-o", "--out", metavar="SLIM.onnx", help="The slim file.")],
+    round_to: Annotated[int, typer.Option(min=1, help="Keep dead channels so that widths are multiples.")] = 1,
+    rtol: Annotated[float, typer.Option(help="Difference allowed, relative to each output channel's scale.")] = 1e-4,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Remove the dead channels of any ONNX file; the result is written only after it was verified."""
+    from prune2deploy import pipeline
+    from prune2deploy.screen import slim_summary
+
+    with _live() as live:
+        slimmed = pipeline.slim(model, target, round_to=round_to, rtol=rtol, note=live.note)
+    section = pipeline.slim_section(model, target, slimmed)
+    _emit({"slim": section}, slim_summary(section, target), as_json=as_json)
+    if strict and not slimmed.removed_channels:
+        raise StrictError(f"no channel of '{model}' is dead")
+
+
+@app.command()
+def verify(
+    reference: Annotated[Path, typer.Argument(metavar="A.onnx", help="The graph that is right.")],
+    candidate: Annotated[Path, typer.Argument(metavar="B.onnx", help="The graph that must agree.")],
+    rtol: Annotated[float, typer.Option(help="Difference allowed, relative to each output channel's scale.")] = 1e-4,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Check that two ONNX files compute the same; exit with 3 if they do not."""
+    from prune2deploy.graph.model import load_model
+    from prune2deploy.graph.verify import verify as compare
+    from prune2deploy.screen import plain_table
+
+    for path in (reference, candidate):
+        load_model(path)
+    with _live() as live:
+        live.note("running both")
+        found = compare(reference, candidate, rtol=rtol, seed=seed)
+    rows = [(one.name, f"{one.difference:.2e}", f"{one.limit:.2e}", one.where) for one in found.outputs]
+    shown = plain_table(("output", "difference", "limit", "worst on"), rows)
+    _emit({"verify": found.to_json()}, shown, as_json=as_json)
+    _say(f"the two agree on {found.cases} kinds of input", as_json=as_json)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files, the first is the baseline; or one RUN.")],
+    backend: Annotated[str | None, typer.Option(help="A name of 'p2d backends'.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Size of a dynamic first axis.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, pinned.")] = None,
+    sessions: Annotated[int | None, typer.Option(min=5, help="Rounds with fresh sessions.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.01, help="Time for each model in each round.")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Runs in each round, in place of --seconds.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs and the order of runs.")] = 0,
+    against: Annotated[Path | None, typer.Option(metavar="REPORT.json", help="Exit with 5 if slower than this report says.")] = None,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Time models against the first one: interleaved, in fresh sessions, with intervals and an A/A control."""
+    from prune2deploy import pipeline
+    from prune2deploy.screen import bench_summary
+
+    options = {
+        "batch": batch,
+        "threads": threads,
+        "sessions": sessions,
+        "seconds": seconds,
+        "iterations": iterations,
+        "backend": backend,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    with _live() as live:
+        if len(models) == 1 and models[0].is_dir():
+            recipe = pipeline.load_run(models[0])
+            found = pipeline.bench_run(models[0], recipe, note=live.note, on_progress=live.rounds, seed=seed, **given)
+        else:
+            found = pipeline.bench(models, note=live.note, on_progress=live.rounds, seed=seed, **given)
+    section = found.to_json()
+    _emit({"bench": section}, bench_summary(section), as_json=as_json)
+    if against is not None:
+        pipeline.require_no_slower(found, against)
+    if strict:
+        slow = next((one for one in found.verdicts if one.word != "faster"), None)
+        if slow is not None:
+            raise StrictError(slow.explanation)
+
+
+@app.command()
+def inspect(
+    target: Annotated[Path, typer.Argument(metavar="MODEL.onnx|RUN", help="An ONNX file, or a run (its masked graph).")],
+    values: Annotated[bool, typer.Option("--values", help="Also what is known of every value's channels.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show layers, widths, MACs and parameters, and what slimming would leave of them."""
+    from rich.console import Group
+
+    from prune2deploy.graph.inspect import inspect_model
+    from prune2deploy.graph.model import load_model
+    from prune2deploy.screen import layer_table, plain_table, value_table
+
+    path = target / "masked.onnx" if target.is_dir() else target
+    found = inspect_model(load_model(path))
+    totals = [(name, f"{found[name]['before']:,}", f"{found[name]['after']:,}") for name in ("macs", "parameters")]
+    parts: list[RenderableType] = [layer_table(found["layers"]), plain_table(("total", "now", "slim"), totals)]
+    if values:
+        parts.append(value_table(found["values"]))
+    if found["opaque"]:
+        parts.append(plain_table(("operator without a rule", "nodes"), list(found["opaque"].items())))
+    _emit(found, Group(*parts), as_json=as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    target: Annotated[Path, typer.Option("-o", "--out", metavar="PAGE.html", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    from prune2deploy.page import write_page
+
+    write_page(runs, target)
+    out.print(f"page: {target}", soft_wrap=True)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="A recipe, such as RUN/recipe.toml.")],
+    target: Out,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole step.")] = False,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Walk the whole way: prune, fine-tune, export, slim, verify, time, report."""
+    from prune2deploy import pipeline
+    from prune2deploy.recipe import load_recipe
+    from prune2deploy.report import read_report
+    from prune2deploy.screen import run_summary
+
+    resolved = load_recipe(recipe)
+    with _live() as live:
+        pipeline.walk(resolved, target, resume=resume, note=live.note, on_progress=live.training, on_round=live.rounds)
+    _emit(read_report(target), run_summary(target), as_json=as_json)
+    for name, what in _RESULTS:
+        _say(f"{what:<14} {target / name}", as_json=as_json)
+    _require_success(target, strict=strict)
+
+
+_RESULTS = (
+    ("report.html", "report page"),
+    ("report.json", "numbers"),
+    ("dense.onnx", "dense graph"),
+    ("slim.onnx", "slim graph"),
+    ("masks.safetensors", "masks"),
+    ("recipe.toml", "recipe"),
+)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, for its details.")] = None, as_json: Json = False
+) -> None:
+    """List the pruning methods, or show one with its options."""
+    from dataclasses import asdict
+
+    from prune2deploy.methods import METHODS, describe_options, method_class
+    from prune2deploy.screen import plain_table
+
+    if name is None:
+        rows = [
+            (key, info.summary, ", ".join(k for k, v in asdict(info.needs).items() if v) or "nothing", info.status)
+            for key, info in METHODS.items()
+        ]
+        table = {key: {"summary": info.summary, "needs": asdict(info.needs), "status": info.status} for key, info in METHODS.items()}
+        _emit({"methods": table}, plain_table(("method", "score", "needs", "status"), rows), as_json=as_json)
+        return
+    found = method_class(name)
+    options = describe_options(found)
+    _emit({"method": name, "options": options}, f"{found.__doc__}\n", as_json=as_json)
+    _say("\n".join(f"--option {key}=...  {allowed}" for key, allowed in options.items()) or "no options", as_json=as_json)
+
+
+@app.command()
+def networks(as_json: Json = False) -> None:
+    """List the built-in networks."""
+    from prune2deploy.networks import NETWORKS
+    from prune2deploy.screen import plain_table
+
+    rows = [(info.name, "x".join(map(str, info.input_shape)), info.num_classes, info.description) for info in NETWORKS.values()]
+    table = {info.name: {"input_shape": info.input_shape, "num_classes": info.num_classes, "description": info.description, "paper": info.paper} for info in NETWORKS.values()}
+    _emit({"networks": table}, plain_table(("network", "input", "classes", "what it is"), rows), as_json=as_json)
+    _say("also FILE.py:FACTORY, and with the extra 'zoo' torchvision:NAME and timm:NAME", as_json=as_json)
+
+
+@app.command()
+def ops(as_json: Json = False) -> None:
+    """List the ONNX operators that the channel analysis has a rule for."""
+    from prune2deploy.graph.rules import RULES
+    from prune2deploy.screen import plain_table
+
+    table = {name: rule.kind for name, rule in RULES.items()}
+    _emit({"ops": table}, plain_table(("operator", "kind"), list(table.items())), as_json=as_json)
+    _say("any other operator is opaque: what it reads stays, and it is counted", as_json=as_json)
+
+
+@app.command()
+def backends(as_json: Json = False) -> None:
+    """List the backends, and what is missing for each."""
+    from prune2deploy.backends import BACKENDS
+    from prune2deploy.screen import plain_table
+
+    rows = [(name, info.description, _uses(info), info.status() or "ready") for name, info in BACKENDS.items()]
+    table = {row[0]: {"description": row[1], "uses": row[2], "status": row[3]} for row in rows}
+    _emit({"backends": table}, plain_table(("backend", "what it is", "for", "state"), rows), as_json=as_json)
+
+
+def _uses(info: Any) -> str:
+    return ", ".join(name for name, is_so in (("bench", info.benches), ("export --trt", info.builds)) if is_so)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, and which commands can run on it."""
+    from importlib.util import find_spec
+
+    from prune2deploy.backends import BACKENDS
+    from prune2deploy.environment import environment
+    from prune2deploy.screen import plain_table
+
+    found = environment()
+    has: Callable[[str], bool] = lambda name: find_spec(name) is not None  # noqa: E731
+    checks = [
+        ("prune, export, run", "ready" if has("torch") and has("onnxscript") else "pip install 'prune2deploy[torch,cpu]'"),
+        ("slim, verify, inspect", "ready" if has("onnxruntime") else "pip install 'prune2deploy[cpu]'"),
+        *((f"{_uses(info)} with {name}", info.status() or "ready") for name, info in BACKENDS.items()),
+    ]
+    _emit({"environment": found, "checks": dict(checks)}, plain_table(("what", "state"), checks), as_json=as_json)
+    shown = {key: value for key, value in found.items() if value not in (None, [], {}) and key != "packages"}
+    _say("\n".join(f"{key:<18} {value}" for key, value in shown.items()), as_json=as_json)
+    _say("packages           " + ", ".join(f"{k} {v}" for k, v in found["packages"].items()), as_json=as_json)

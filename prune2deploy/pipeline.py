@@ -1,0 +1,596 @@
+"""The walk, top to bottom: prune, export, slim, verify, build, bench, report. The only module that joins the columns."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prune2deploy.budget import Target, protect
+from prune2deploy.environment import environment
+from prune2deploy.errors import InputError, StrictError
+from prune2deploy.files import read_json, require_file, sha256, write_bytes, write_json
+from prune2deploy.groups import Groups
+from prune2deploy.masks import Masks, load_masks, save_masks, widths
+from prune2deploy.recipe import Recipe, load_recipe, save_recipe
+from prune2deploy.report import read_report, update_section, write_samples
+
+if TYPE_CHECKING:
+    import onnx
+
+    from prune2deploy.data import Data
+    from prune2deploy.graph.rewrite import Slimmed
+    from prune2deploy.latency import Comparison
+    from prune2deploy.networks import Network
+
+VERIFY_SAMPLES = 8
+Note = Callable[[str], None]
+"""Told in a few words what happens now; for a progress line."""
+
+
+def silent(_: str) -> None:
+    """Note nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A recipe with its network, weights and data loaded."""
+
+    recipe: Recipe
+    network: Network
+    data: Data
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run's lock, so that two commands do not write into one folder.
+
+    Raises:
+        InputError: if another process holds it, or the folder cannot be made.
+    """
+    if run.exists() and not run.is_dir():
+        raise InputError(f"'{run}' is a file, but a run is a folder; choose another -o")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        stream = (run / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"cannot write to '{run}': {error.strerror}; choose another -o") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another p2d is working in '{run}'; wait for it, or choose another -o") from error
+        yield
+
+
+def load_task(recipe: Recipe, *, with_weights: bool = True) -> Task:
+    """Return the recipe's network with its weights, and its data.
+
+    Raises:
+        InputError: if any of them cannot be loaded, or they do not fit each other.
+    """
+    from prune2deploy.data import load_data
+    from prune2deploy.networks import load_network, load_weights, normalisation
+
+    _use_threads(recipe)
+    size = recipe.input_shape[-1] if recipe.input_shape else None
+    data = load_data(recipe.data, seed=recipe.seed, holdout=recipe.holdout, image_size=size)
+    shape = recipe.input_shape or data.input_shape
+    network = load_network(
+        recipe.network,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        input_shape=shape,
+        seed=recipe.seed,
+    )
+    metadata = load_weights(network.module, Path(recipe.weights)) if recipe.weights and with_weights else {}
+    if recipe.weights and not with_weights:
+        metadata = _metadata(Path(recipe.weights))
+    own = normalisation(metadata) or (data.mean, data.std)
+    mean, std = recipe.mean or own[0], recipe.std or own[1]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != data.in_channels:
+            raise InputError(f"--{name} has {len(values)} values, but the images have {data.in_channels} channels")
+    return Task(recipe, network, data, tuple(mean), tuple(std))
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    """Return the metadata of a safetensors file, empty for what is not there any more or is of another format."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "np") as archive:
+            return archive.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _use_threads(recipe: Recipe) -> None:
+    import torch
+
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+
+
+# --- prune ------------------------------------------------------------------------------------------------------------
+
+
+def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callable[[Any], None] | None = None) -> None:
+    """Choose masks, apply them, fine-tune, and write masks, weights, groups and the report's section ``prune``.
+
+    Raises:
+        InputError: if the recipe cannot be carried out; then nothing of an earlier run is changed.
+    """
+    from prune2deploy.export import export_network
+    from prune2deploy.graph.groups import find_groups
+    from prune2deploy.methods import load_method
+
+    method = load_method(recipe.method, **recipe.method_options)
+    target = Target.parse(recipe.target)
+    note("loading the network and the data")
+    task = load_task(recipe)
+    module = task.network.module
+    with locked(run):
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "export"):
+            note("finding the groups in the exported graph")
+            analysis = export_network(module, task.network.example_inputs, fuse=False)
+            serialized = analysis.model.SerializeToString(deterministic=True)
+            groups = protect(find_groups(analysis.model), recipe.keep)
+        weights = _arrays(task)
+        with _timed(seconds, "selection"):
+            note(f"choosing channels by {recipe.method}")
+            result = method.plan(weights, groups, target, round_to=recipe.round_to)
+        outcome = _train(task, groups, result.keep, result.offsets, run, note, on_progress)
+        _forget_later_steps(run)
+        write_bytes(run / "analysis.onnx", serialized)
+        write_json(run / "source_map.json", analysis.source_map)
+        groups.save(run / "groups.json")
+        save_masks(result.keep, run / "masks.safetensors")
+        _save_weights(task, run)
+        save_recipe(recipe, run / "recipe.toml")
+        section = _prune_section(task, groups, result.keep, target) | outcome
+        section["seconds"] = seconds | outcome["seconds"]
+        section["method_report"] = result.report
+        update_section(run, "prune", section)
+        update_section(run, "environment", environment())
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def _arrays(task: Task) -> dict[str, np.ndarray]:
+    from prune2deploy.apply import weights_of
+
+    return weights_of(task.network.module)
+
+
+LATER = ("dense.onnx", "masked.onnx", "slim.onnx", "slim.json", "report.html", "report.json")
+
+
+def _forget_later_steps(run: Path) -> None:
+    """Remove what an earlier run's later commands wrote: it would describe another network."""
+    for name in LATER:
+        (run / name).unlink(missing_ok=True)
+    for path in [*(run / "samples").glob("*.json"), *(run / "engines").glob("*")]:
+        path.unlink()
+
+
+def _train(
+    task: Task,
+    groups: Groups,
+    masks: Masks,
+    offsets: Mapping[str, np.ndarray],
+    run: Path,
+    note: Note,
+    on_progress: Callable[[Any], None] | None,
+) -> dict[str, Any]:
+    """Mask the network in place and fine-tune it; return accuracies, history, times and warnings."""
+    from prune2deploy.apply import MaskKeeper, apply_masks, fold_offsets
+    from prune2deploy.train import finetune, recalibrate
+
+    recipe, module = task.recipe, task.network.module.to(task.recipe.device)
+    seconds: dict[str, float] = {}
+    accuracy: dict[str, Any] = {"dense": _accuracy(task, "dense", note, seconds), "finetuned": None}
+    skipped = fold_offsets(module, groups, masks, offsets) if offsets else []
+    apply_masks(module, groups, masks)
+    if recipe.recalibrate:
+        note("measuring the norms' statistics anew")
+        recalibrate(module, task.data.train, task.mean, task.std, seed=recipe.seed, device=recipe.device)
+    accuracy["pruned"] = _accuracy(task, "pruned", note, seconds)
+    history: list[dict[str, Any]] = []
+    if recipe.finetune.epochs:
+        note("fine-tuning")
+        with _timed(seconds, "finetune"):
+            results = finetune(
+                module,
+                task.data,
+                epochs=recipe.finetune.epochs,
+                mean=task.mean,
+                std=task.std,
+                lr=recipe.finetune.learning_rate,
+                weight_decay=recipe.finetune.weight_decay,
+                batch_size=recipe.finetune.batch_size,
+                precision=recipe.finetune.precision,
+                seed=recipe.seed,
+                device=recipe.device,
+                after_step=MaskKeeper(module, groups, masks),
+                on_progress=on_progress,
+            )
+        history = [
+            {"epoch": one.epoch, "loss": one.loss, "holdout_top1": one.holdout.top1, "seconds": one.seconds}
+            for one in results
+        ]
+        _write_log(run, history)
+        accuracy["finetuned"] = _accuracy(task, "finetuned", note, seconds)
+    module.to("cpu")
+    warnings = [f"the mean of a removed channel could not be folded into {name}" for name in skipped]
+    return {"accuracy": accuracy, "history": history, "seconds": seconds, "warnings": warnings}
+
+
+def _accuracy(task: Task, name: str, note: Note, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return the test accuracy: final figures only; choices use the held-out split."""
+    from prune2deploy.train import evaluate
+
+    note(f"measuring the accuracy ({name})")
+    with _timed(seconds, f"accuracy_{name}"):
+        found = evaluate(task.network.module, task.data.test, task.mean, task.std, device=task.recipe.device)
+    return {"top1": found.top1, "images": found.images, "loss": found.loss}
+
+
+def _write_log(run: Path, history: list[dict[str, Any]]) -> None:
+    import json
+
+    write_bytes(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history).encode())
+
+
+def _save_weights(task: Task, run: Path) -> None:
+    from prune2deploy.networks import save_weights
+
+    metadata = {
+        "network": task.recipe.network,
+        "method": task.recipe.method,
+        "mean": ", ".join(repr(value) for value in task.mean),
+        "std": ", ".join(repr(value) for value in task.std),
+    }
+    save_weights(task.network.module, run / "weights.safetensors", metadata)
+
+
+def _prune_section(task: Task, groups: Groups, masks: Masks, target: Target) -> dict[str, Any]:
+    recipe = task.recipe
+    full, kept = groups.full_widths(), widths(masks)
+    costs = {
+        name: {"dense": int(groups.cost.of(kind, full)), "pruned": int(groups.cost.of(kind, kept))}
+        for name, kind in (("macs", "macs"), ("parameters", "params"))
+    }
+    macs = {term.layer: (int(term.at(full)), int(term.at(kept))) for term in groups.cost.macs_terms}
+    layers = [
+        {
+            "name": layer.name,
+            "op_type": layer.op_type,
+            "before": int(layer.out_width.at(full)),
+            "after": int(layer.out_width.at(kept)),
+            "macs_before": macs[layer.name][0],
+            "macs_after": macs[layer.name][1],
+        }
+        for layer in groups.layers
+        if layer.name in macs
+    ]
+    return {
+        "network": recipe.network,
+        "weights": recipe.weights,
+        "weights_sha256": sha256(Path(recipe.weights)) if recipe.weights else None,
+        "data": recipe.data,
+        "method": recipe.method,
+        "method_options": recipe.method_options,
+        "target": {"kind": target.kind, "share": target.share},
+        "round_to": recipe.round_to,
+        "seed": recipe.seed,
+        "finetune_epochs": recipe.finetune.epochs,
+        "groups": [{"id": group.id, "before": full[group.id], "after": kept[group.id]} for group in groups.groups],
+        "kept_groups": {group.id: group.kept_because for group in groups.groups if not group.prunable},
+        "layers": layers,
+        **costs,
+    }
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def export(run: Path, *, note: Note = silent) -> Slimmed:
+    """Write ``dense.onnx``, ``masked.onnx`` and, once it is verified, ``slim.onnx`` of a run.
+
+    Raises:
+        InputError: if the run is not one, or a file of it is missing or broken.
+        VerifyError: if an export differs from its network, or the slim graph from the masked one.
+    """
+    from prune2deploy.export import export_network, load_into, require_agreement, weights_in
+    from prune2deploy.graph.model import load_model, save_model
+    from prune2deploy.networks import load_weights
+
+    recipe = load_run(run)
+    with locked(run):
+        note("loading the run")
+        task = load_task(recipe, with_weights=False)
+        module = task.network.module
+        analysis = load_model(run / "analysis.onnx")
+        agreement: dict[str, float] = {}
+        for name in ("dense", "masked"):
+            note(f"exporting {name}.onnx")
+            if name == "dense":
+                load_into(module, weights_in(analysis))
+            else:
+                load_weights(module, run / "weights.safetensors")
+            exported = export_network(module, task.network.example_inputs, fuse=True)
+            save_model(normal_form(exported.model), run / f"{name}.onnx")
+            agreement[name] = require_agreement(module, run / f"{name}.onnx", task.network.example_inputs)
+        write_json(run / "source_map.json", read_json(run / "source_map.json") | exported.source_map)
+        update_section(run, "export", {"opset": exported.model.opset_import[0].version, "torch_difference": agreement})
+        slimmed = slim(run / "masked.onnx", run / "slim.onnx", samples=real_samples(task), run=run, note=note)
+        _require_promise(run, slimmed)
+        return slimmed
+
+
+def load_run(run: Path) -> Recipe:
+    """Return the recipe of a run that was pruned.
+
+    Raises:
+        InputError: if the folder is not a run.
+    """
+    if not run.is_dir():
+        raise InputError(f"'{run}' is not a run: there is no such folder; make one with 'p2d prune ... -o {run}'")
+    if not (run / "masks.safetensors").exists():
+        raise InputError(f"'{run}' is not a pruned run: it has no masks.safetensors; run 'p2d prune ... -o {run}'")
+    load_masks(run / "masks.safetensors")
+    return load_recipe(run / "recipe.toml")
+
+
+def real_samples(task: Task) -> dict[str, np.ndarray]:
+    """Return a few normalised held-out images by input name."""
+    import torch
+
+    from prune2deploy.data import normalise
+
+    count = min(VERIFY_SAMPLES, len(task.data.holdout))
+    images = normalise(task.data.holdout.images(torch.arange(count)), task.mean, task.std)
+    return {"input": images.numpy()}
+
+
+def _require_promise(run: Path, slimmed: Slimmed) -> None:
+    """Note in the report where the slim graph does not cost what the cost model promised."""
+    report = read_report(run)
+    promised = report["prune"]["macs"]["pruned"]
+    reached = report["slim"]["macs"]["after"]
+    if promised != reached:
+        section = report["slim"]
+        section["warnings"].append(
+            f"the slim graph has {reached:,} MACs where {promised:,} were planned: "
+            + ("channels were dead already" if reached < promised else "a constant channel had to stay")
+        )
+        update_section(run, "slim", section)
+
+
+# --- slim and verify --------------------------------------------------------------------------------------------------
+
+
+def normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model as all arms are analysed and timed: constants folded, nothing that only passes its input on."""
+    from prune2deploy.graph.model import normalise, to_model
+
+    return to_model(normalise(model), model)
+
+
+def slim(
+    source: Path,
+    target: Path,
+    *,
+    round_to: int = 1,
+    samples: Mapping[str, np.ndarray] | None = None,
+    rtol: float | None = None,
+    run: Path | None = None,
+    note: Note = silent,
+) -> Slimmed:
+    """Remove the dead channels of an ONNX file; ``target`` appears only after it was verified against ``source``.
+
+    Beside it ``slim.json`` (``NAME.json``) holds the kept old indices. With ``run`` the report's sections are written.
+
+    Raises:
+        InputError: if the source cannot be read.
+        VerifyError: if the result differs from the source; then nothing is written.
+    """
+    from prune2deploy.graph.model import load_model, save_model
+    from prune2deploy.graph.rewrite import remove_dead_channels
+    from prune2deploy.graph.verify import RTOL, verify
+
+    if target.is_dir():
+        raise InputError(f"'{target}' is a folder, but the slim file's name is wanted; add one, such as slim.onnx")
+    note(f"removing dead channels from {source.name}")
+    start = time.perf_counter()
+    model = load_model(source)
+    read = time.perf_counter()
+    digest = sha256(source)
+    slimmed = remove_dead_channels(model, round_to=round_to)
+    slimmed.model.metadata_props.add(key="prune2deploy.source_sha256", value=digest)
+    slimmed.seconds["read"] = read - start
+    note(f"proving that {target.name} computes the same")
+    candidate = target.with_name(f".{target.name}.unverified.onnx")
+    try:
+        save_model(slimmed.model, candidate)
+        found = verify(source, candidate, rtol=RTOL if rtol is None else rtol, samples=samples)
+        start = time.perf_counter()
+        save_model(slimmed.model, target)
+        slimmed.seconds["write"] = time.perf_counter() - start
+    finally:
+        candidate.unlink(missing_ok=True)
+        candidate.with_name(candidate.name + ".data").unlink(missing_ok=True)
+    write_json(target.with_suffix(".json"), {"schema_version": 1, "source_sha256": digest, **slimmed.kept})
+    if run is not None:
+        update_section(run, "slim", slim_section(source, target, slimmed))
+        update_section(run, "verify", found.to_json())
+    return slimmed
+
+
+def slim_section(source: Path, target: Path, slimmed: Slimmed) -> dict[str, Any]:
+    """Return the report's section ``slim``."""
+    section = slimmed.report()
+    section |= {"source": source.name, "bytes": {"before": source.stat().st_size, "after": target.stat().st_size}}
+    section["warnings"] = [] if slimmed.removed_channels else ["nothing was removed: no channel of the graph is dead"]
+    return section
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def build_engine(run: Path, precision: str, *, note: Note = silent) -> Any:
+    """Build the TensorRT engine of a run's ``slim.onnx`` into ``engines/``.
+
+    Raises:
+        DeviceError: if TensorRT or a GPU is missing; ``slim.onnx`` stays in place.
+        InputError: for a precision that is not supported.
+    """
+    from prune2deploy.backends.tensorrt import TensorRT
+
+    slim_file = require_file(run / "slim.onnx", "the slim graph of an exported run")
+    note("building the TensorRT engine")
+    engines = run / "engines"
+    return TensorRT().build_engine(
+        slim_file,
+        engines / f"slim-{precision}.engine",
+        precision=precision,
+        timing_cache=engines / "timing.cache",
+    )
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+def bench(
+    models: Sequence[Path],
+    *,
+    backend: str = "ort-cpu",
+    run: Path | None = None,
+    note: Note = silent,
+    **options: Any,
+) -> Comparison:
+    """Time models against the first one, interleaved, all in the same normal form; ``options`` are `latency.compare`'s.
+
+    With ``run`` the report's section ``bench`` and the raw samples are written.
+
+    Raises:
+        InputError: if a model cannot be read or the models' inputs differ.
+        DeviceError: if the backend is not there.
+    """
+    from prune2deploy.backends import load_backend
+    from prune2deploy.graph.model import load_model
+    from prune2deploy.latency import Arm, compare
+
+    loaded = load_backend(backend)
+    note("bringing the graphs to one form")
+    names = _arm_names(models)
+    arms = [
+        Arm(name, normal_form(load_model(path)).SerializeToString(deterministic=True))
+        for name, path in zip(names, models, strict=True)
+    ]
+    note("timing " + " against ".join(names))
+    found = compare(arms, backend=loaded, **options)
+    if run is not None:
+        with locked(run):
+            write_samples(run, found.samples())
+            update_section(run, "bench", found.to_json())
+            update_section(run, "environment", environment())
+    return found
+
+
+def _arm_names(models: Sequence[Path]) -> list[str]:
+    names = [path.stem for path in models]
+    return names if len(set(names)) == len(names) else [str(path) for path in models]
+
+
+def bench_run(run: Path, recipe: Recipe, *, note: Note = silent, **options: Any) -> Comparison:
+    """Time a run's dense graph against its slim one, as its recipe says."""
+    models = [require_file(run / f"{name}.onnx", "a graph of an exported run") for name in ("dense", "slim")]
+    own = recipe.bench.model_dump()
+    given = {key: value for key, value in options.items() if value is not None}
+    return bench(models, run=run, note=note, **(own | given))
+
+
+def require_no_slower(found: Comparison, against: Path) -> None:
+    """Hold a comparison against an earlier report.
+
+    Raises:
+        StrictError: if the last arm's ratio to the baseline lies above the earlier one, intervals considered.
+        InputError: if the report holds no such measurement.
+    """
+    earlier = read_json(against)
+    bench_section = earlier.get("bench", {}) if isinstance(earlier, dict) else {}
+    known = {entry["arm"]: entry for entry in bench_section.get("ratios", [])}
+    ratio = found.ratios[-1]
+    if ratio.arm not in known:
+        raise InputError(f"'{against}' holds no measurement of '{ratio.arm}'; name the report.json of a benched run")
+    if ratio.low > known[ratio.arm]["high"]:
+        raise StrictError(
+            f"'{ratio.arm}' takes {ratio.ratio:.3f} of the baseline's time where '{against}' measured "
+            f"{known[ratio.arm]['ratio']:.3f} (intervals apart): it became slower"
+        )
+
+
+# --- the whole walk ---------------------------------------------------------------------------------------------------
+
+
+def walk(
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: bool = False,
+    note: Note = silent,
+    on_progress: Callable[[Any], None] | None = None,
+    on_round: Callable[[int, int], None] | None = None,
+) -> None:
+    """Prune, export, slim, verify, time and report; with ``resume`` go on after the last whole step.
+
+    Raises:
+        InputError: among other things where ``resume`` meets a run of another recipe.
+    """
+    from prune2deploy.page import write_page
+
+    done = finished_steps(run, recipe) if resume else set()
+    if "prune" not in done:
+        prune(recipe, run, note=note, on_progress=on_progress)
+    if "slim" not in done:
+        export(run, note=note)
+    if "bench" not in done:
+        bench_run(run, recipe, note=note, on_progress=on_round)
+    note("writing report.html")
+    write_page([run], run / "report.html")
+
+
+def finished_steps(run: Path, recipe: Recipe) -> set[str]:
+    """Return which of ``prune``, ``slim`` and ``bench`` the run has finished.
+
+    Raises:
+        InputError: if the run was made by another recipe.
+    """
+    if not (run / "report.json").exists() or not (run / "recipe.toml").exists():
+        return set()
+    if load_recipe(run / "recipe.toml") != recipe:
+        raise InputError(f"'{run}' was made by another recipe; leave --resume out to start anew, or choose another -o")
+    report = read_report(run)
+    files = {"prune": ("masks.safetensors", "weights.safetensors", "analysis.onnx"), "slim": ("dense.onnx", "slim.onnx")}
+    done = set()
+    for step in ("prune", "slim", "bench"):
+        if step not in report or not all((run / name).exists() for name in files.get(step, ())):
+            break
+        done.add(step)
+    return done

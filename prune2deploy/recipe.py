@@ -1,0 +1,134 @@
+"""Recipes: the whole walk as one TOML file. A run writes the resolved recipe that repeats it."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prune2deploy.errors import InputError, one_line
+from prune2deploy.files import require_file, write_bytes
+
+PATH_FIELDS = ("weights",)
+SPEC_FIELDS = ("network", "data")
+"""Fields of the form ``kind:PATH`` or ``PATH.py:factory``, whose paths are taken from the recipe's folder."""
+
+
+class Strict(BaseModel):
+    """A part of a recipe: unknown keys are refused, values are not converted silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FineTuning(Strict):
+    """How the masked network is trained on: epochs over the training images, and the optimiser's settings."""
+
+    epochs: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=0.05, gt=0)
+    batch_size: int = Field(default=128, ge=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    precision: str = "auto"
+
+
+class Bench(Strict):
+    """How latency is measured; see `latency.compare`."""
+
+    backend: str = "ort-cpu"
+    batch: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
+    sessions: int = Field(default=5, ge=5)
+    seconds: float = Field(default=1.0, gt=0)
+    iterations: int | None = Field(default=None, ge=1)
+
+
+class Recipe(Strict):
+    """Everything that a run depends on."""
+
+    network: str
+    weights: str | None = None
+    data: str = "digits"
+    method: str = "l1"
+    method_options: dict[str, Any] = Field(default_factory=dict)
+    target: str = "macs=0.5"
+    round_to: int = Field(default=1, ge=1)
+    keep: tuple[str, ...] = ()
+    recalibrate: bool = False
+    input_shape: tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = Field(default=None, ge=1)
+    finetune: FineTuning = FineTuning()
+    bench: Bench = Bench()
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML; what is None is left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """Return a recipe from plain values.
+
+    Raises:
+        InputError: naming the first value that does not fit.
+    """
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise InputError(_first(error, "the recipe")) from error
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Return the recipe in a TOML file, with its paths made absolute from the file's folder.
+
+    Raises:
+        InputError: if the file is missing, is not TOML, or a value does not fit.
+    """
+    try:
+        values = tomllib.loads(require_file(path, "a recipe (TOML)").read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not TOML ({one_line(error, 120)}); mend it there") from error
+    try:
+        recipe = Recipe(**values)
+    except (ValidationError, TypeError) as error:
+        reason = _first(error, f"'{path}'") if isinstance(error, ValidationError) else one_line(error)
+        raise InputError(reason) from error
+    return resolved(recipe, path.parent)
+
+
+def resolved(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with its paths made absolute, relative ones taken from ``folder``."""
+    changes: dict[str, str] = {}
+    for name in PATH_FIELDS:
+        value = getattr(recipe, name)
+        if value is not None:
+            changes[name] = str((folder / value).resolve())
+    for name in SPEC_FIELDS:
+        changes[name] = _absolute_spec(getattr(recipe, name), folder)
+    return recipe.model_copy(update=changes)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as TOML, whole or not at all."""
+    write_bytes(path, recipe.to_toml().encode())
+
+
+def _absolute_spec(spec: str, folder: Path) -> str:
+    first, colon, rest = spec.partition(":")
+    if first.endswith(".py") and colon:
+        return f"{(folder / first).resolve()}:{rest}"
+    if colon and first in ("cifar10", "cifar100", "imagefolder"):
+        return f"{first}:{(folder / rest).resolve()}"
+    return spec
+
+
+def _first(error: ValidationError, where: str) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"]) or "a value"
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(sorted(Recipe.model_fields))
+        return f"{where} has an unknown key '{place}'; the keys are {known}, and those of [finetune] and [bench]"
+    return one_line(f"{where}: '{place}' is {problem.get('input')!r}, which does not fit: {problem['msg']}")

@@ -1,0 +1,199 @@
+"""What a person sees in the terminal: tables of results, and progress. Builds renderables; only `cli` prints them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from prune2deploy.findings import Findings
+
+
+class Live:
+    """Progress on stderr: one line that says what happens now; silent where stderr is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, detail="")
+
+    @contextmanager
+    def shown(self) -> Iterator["Live"]:
+        """Show the line while the block runs."""
+        with self._progress:
+            yield self
+
+    def note(self, text: str) -> None:
+        """Say what happens now."""
+        self._progress.reset(self._task, total=None, description=text, detail="")
+
+    def training(self, at: Any) -> None:
+        """Show a training step (`train.Progress`)."""
+        total, done = at.epochs * at.steps, (at.epoch - 1) * at.steps + at.step
+        detail = f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}"
+        self._progress.update(self._task, total=total, completed=done, detail=detail)
+
+    def rounds(self, done: int, total: int) -> None:
+        """Show how many rounds of sessions were timed."""
+        self._progress.update(self._task, total=total, completed=done, detail=f"round {done}/{total}")
+
+
+def run_summary(run: Path) -> RenderableType:
+    """Return what a run reached: sizes, accuracy, proof and latency, and loudly what is no success."""
+    found = Findings(run)
+    parts: list[RenderableType] = [_sizes(found)]
+    verify = found.section("verify")
+    if verify:
+        worst = max(verify["outputs"], key=lambda one: one["relative"], default=None)
+        if worst is not None:
+            parts.append(
+                Text(
+                    f"proof: masked and slim agree on {verify['cases']} kinds of input; largest difference "
+                    f"{worst['difference']:.1e} (limit {worst['limit']:.1e})"
+                )
+            )
+    verdict = found.verdict
+    if verdict:
+        parts.append(Text(f"latency: {verdict['explanation']}"))
+    parts += [warning(text) for text in loud(found)]
+    parts += [Text(f"note: {text}", style="yellow") for text in _warnings(found)]
+    return Group(*parts)
+
+
+def loud(found: Findings) -> list[str]:
+    """Return what must not pass for a success."""
+    texts = []
+    if found.nothing_removed:
+        texts.append("NOTHING WAS REMOVED: the slim graph is as large as the dense one. That is a result, not a success.")
+    verdict = found.verdict
+    if verdict and verdict["word"] != "faster":
+        texts.append(f"NOT FASTER: {verdict['explanation']}. That is a result, not a success.")
+    return texts
+
+
+def warning(text: str) -> Panel:
+    """Return a loud box."""
+    return Panel(Text(text, style="bold"), border_style="red", expand=False)
+
+
+def _warnings(found: Findings) -> list[str]:
+    return [text for name in ("prune", "slim", "bench") for text in found.section(name).get("warnings", [])]
+
+
+def _sizes(found: Findings) -> Table:
+    table = Table("", "dense", "slim", "left", title=found.name, title_justify="left")
+    for name, label in (("macs", "MACs"), ("parameters", "parameters")):
+        before, after = found.change(name)
+        if before is not None and after is not None:
+            table.add_row(label, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %" if before else "")
+    accuracy = found.section("prune").get("accuracy") or {}
+    for name, label in (("pruned", "accuracy as masked"), ("finetuned", "accuracy fine-tuned")):
+        if accuracy.get(name) and accuracy.get("dense"):
+            table.add_row(label, _percent(accuracy["dense"]), _percent(accuracy[name]), "")
+    timings = {one["arm"]: one["median_ms"] for one in found.section("bench").get("timings", [])}
+    ratio = found.ratio
+    if ratio is not None and ratio["arm"] in timings:
+        base = found.section("bench")["baseline"]
+        interval = f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+        table.add_row("latency, median", f"{timings[base]:.3f} ms", f"{timings[ratio['arm']]:.3f} ms", interval)
+    return table
+
+
+def _percent(accuracy: Mapping[str, Any]) -> str:
+    return f"{100 * accuracy['top1']:.2f} %"
+
+
+def layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the layers with their widths, MACs and parameters before and after."""
+    table = Table("layer", "operator", "width", "MACs", "parameters")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["op_type"],
+            _arrow(row["before"], row["after"]),
+            _arrow(row["macs_before"], row["macs_after"]) if row["kind"] == "linear" else "",
+            _arrow(row["parameters_before"], row["parameters_after"]),
+        )
+    return table
+
+
+def _arrow(before: int | None, after: int | None) -> str:
+    if before is None:
+        return "dynamic"
+    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
+
+
+def slim_summary(section: Mapping[str, Any], target: Path) -> RenderableType:
+    """Return what slimming one file reached."""
+    table = Table("", "before", "after", title=str(target), title_justify="left")
+    for name in ("macs", "parameters", "bytes"):
+        before, after = section[name]["before"], section[name]["after"]
+        table.add_row(name if name != "macs" else "MACs", f"{before:,}", f"{after:,}")
+    seconds = section["seconds"]
+    lines: list[RenderableType] = [
+        table,
+        Text(
+            f"{section['removed_channels']:,} channels removed; "
+            + ", ".join(f"{name} {seconds[name]:.2f} s" for name in ("read", "normalise", "analysis", "rewrite", "write"))
+        ),
+    ]
+    if section["opaque"]:
+        listed = ", ".join(f"{name} ({count})" for name, count in section["opaque"].items())
+        lines.append(Text(f"operators without a rule, around which everything stays: {listed}"))
+    if not section["removed_channels"]:
+        lines.append(warning("NOTHING WAS REMOVED: no channel of this graph is dead."))
+    return Group(*lines)
+
+
+def bench_summary(section: Mapping[str, Any]) -> RenderableType:
+    """Return the timings, ratios and verdicts of a comparison."""
+    table = Table("model", "median", "p90", "p99", "runs", "ratio to the first [95 %]")
+    ratios = {one["arm"]: one for one in section["ratios"]}
+    control = section["control"]
+    timings = list(section["timings"]) + ([section["control_timing"]] if section["control_timing"] else [])
+    for one in timings:
+        ratio = ratios.get(one["arm"]) or (control if control and control["arm"] == one["arm"] else None)
+        table.add_row(
+            one["arm"],
+            f"{one['median_ms']:.3f} ms",
+            f"{one['p90_ms']:.3f} ms",
+            "-" if one["p99_ms"] is None else f"{one['p99_ms']:.3f} ms",
+            f"{one['runs']:,}",
+            "" if ratio is None else f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+        )
+    lines: list[RenderableType] = [table]
+    for verdict in section["verdicts"]:
+        text = f"{verdict['word'].upper()}: {verdict['explanation']}"
+        lines.append(Text(text, style="green") if verdict["word"] == "faster" else warning(text))
+    lines += [Text(f"note: {text}", style="yellow") for text in section["warnings"]]
+    return Group(*lines)
+
+
+def value_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what the analysis knows of every value with channels."""
+    table = Table("value", "channels", "constant", "aliases", "live", "kept", "needed by")
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in ("value", "channels", "constant", "aliases", "live", "kept", "reader")))
+    return table
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a plain table."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
