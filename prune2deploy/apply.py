@@ -121,13 +121,13 @@ class _FoldPlace:
 
 def _fold_place(weights: Mapping[str, np.ndarray], groups: Groups, reader: Member) -> _FoldPlace | str:
     """Return where a reader's constant goes, or why it can go nowhere."""
-    layer = groups.layer(reader.layer)
+    layer = groups.layer_by_name[reader.layer]
     dense_width = layer.in_width.at(groups.full_widths())
     if layer.op_type == "ConvTranspose":
         return f"'{layer.name}' is a transposed convolution"
     if weights[reader.parameter].shape[reader.axis] != dense_width:
         return f"'{layer.name}' is a grouped convolution"
-    norm: Layer | None = groups.layer(layer.norm) if layer.norm else None
+    norm: Layer | None = groups.layer_by_name[layer.norm] if layer.norm else None
     if norm is not None and norm.mean is not None and norm.mean in weights:
         return _FoldPlace(norm.mean, -1.0)
     if layer.bias is not None and layer.bias in weights:

@@ -161,7 +161,10 @@ def masks_to_budget(
 
 
 def protect(groups: Groups, patterns: Iterable[str]) -> Groups:
-    """Return the groups with those not prunable that hold a parameter whose name matches a pattern (fnmatch).
+    """Return the groups with those not prunable whose channels a matching parameter makes or carries (fnmatch).
+
+    A layer that only reads a group's channels does not hold them: ``--keep 'head.*'`` leaves the head's own filters
+    whole, and what feeds it can still go.
 
     Raises:
         InputError: if a pattern matches no parameter of the network.
@@ -176,7 +179,7 @@ def protect(groups: Groups, patterns: Iterable[str]) -> Groups:
                 f"--keep '{pattern}' matches no parameter; parameters with close names are {', '.join(close)}"
             )
         for group in groups.prunable:
-            if any(fnmatchcase(member.parameter, pattern) for member in group.members):
+            if any(fnmatchcase(one.parameter, pattern) for one in group.members if one.role != "reader"):
                 reasons.setdefault(group.id, f"kept by --keep '{pattern}'")
     return _hold(groups, reasons)
 

@@ -1,6 +1,7 @@
 """The command line: one function per command, and the only place that prints and exits."""
 
 import errno
+import inspect as inspect_module
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]
@@ -76,7 +77,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _common(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -86,17 +89,25 @@ def prune(
     network: Annotated[str, typer.Argument(metavar="NETWORK", help="A name of 'p2d networks', or FILE.py:FACTORY.")],
     run: Out,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or .pt with tensors only.")] = None,
-    data: Annotated[str, typer.Option(help="digits, cifar10:DIR, cifar100:DIR, imagefolder:DIR or FILE.py:FACTORY.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits, cifar10:DIR, cifar100:DIR, imagefolder:DIR or FILE.py:FACTORY.")
+    ] = "digits",
     method: Annotated[str, typer.Option(help="A name of 'p2d methods'.")] = "l1",
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method.")] = None,
     target: Annotated[str, typer.Option(help="What is to remain: macs=SHARE or params=SHARE.")] = "macs=0.5",
     round_to: Annotated[int, typer.Option(min=1, help="Round tensor widths to multiples that keep the target.")] = 1,
-    keep: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers whose parameters match whole.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers whose parameters match whole.")
+    ] = None,
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Train the masked network on for so many epochs.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of fine-tuning.")] = 0.05,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
-    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure BatchNorm statistics anew after masking.")] = False,
-    input_: Annotated[str | None, typer.Option("--input", metavar="NAME:SHAPE", help="Shape of one sample, as input:3,32,32.")] = None,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Measure BatchNorm statistics anew after masking.")
+    ] = False,
+    input_: Annotated[
+        str | None, typer.Option("--input", metavar="NAME:SHAPE", help="Shape of one sample, as input:3,32,32.")
+    ] = None,
     mean: Annotated[str | None, typer.Option(help="Normalisation by channel, as 0.5,0.5,0.5.")] = None,
     std: Annotated[str | None, typer.Option(help="Normalisation by channel, as 0.2,0.2,0.2.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -111,7 +122,9 @@ def prune(
     from prune2deploy.screen import run_summary
 
     if network.endswith(".onnx"):
-        raise InputError(f"'{network}' is an ONNX file: pruning needs the torch network; 'p2d slim {network}' removes dead channels")
+        raise InputError(
+            f"'{network}' is an ONNX file: pruning needs the torch network; 'p2d slim {network}' removes dead channels"
+        )
     recipe = make_recipe(
         {
             "network": network,
@@ -252,7 +265,9 @@ def verify(
 
 @app.command()
 def bench(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="ONNX files, the first is the baseline; or one RUN.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="ONNX files, the first is the baseline; or one RUN.")
+    ],
     backend: Annotated[str | None, typer.Option(help="A name of 'p2d backends'.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Size of a dynamic first axis.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, pinned.")] = None,
@@ -260,7 +275,9 @@ def bench(
     seconds: Annotated[float | None, typer.Option(min=0.01, help="Time for each model in each round.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Runs in each round, in place of --seconds.")] = None,
     seed: Annotated[int, typer.Option(help="Of the inputs and the order of runs.")] = 0,
-    against: Annotated[Path | None, typer.Option(metavar="REPORT.json", help="Exit with 5 if slower than this report says.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="REPORT.json", help="Exit with 5 if slower than this report says.")
+    ] = None,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -268,7 +285,7 @@ def bench(
     from prune2deploy import pipeline
     from prune2deploy.screen import bench_summary
 
-    options = {
+    options: dict[str, Any] = {
         "batch": batch,
         "threads": threads,
         "sessions": sessions,
@@ -295,7 +312,9 @@ def bench(
 
 @app.command()
 def inspect(
-    target: Annotated[Path, typer.Argument(metavar="MODEL.onnx|RUN", help="An ONNX file, or a run (its masked graph).")],
+    target: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx|RUN", help="An ONNX file, or a run (its masked graph).")
+    ],
     values: Annotated[bool, typer.Option("--values", help="Also what is known of every value's channels.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -377,13 +396,17 @@ def methods(
             (key, info.summary, ", ".join(k for k, v in asdict(info.needs).items() if v) or "nothing", info.status)
             for key, info in METHODS.items()
         ]
-        table = {key: {"summary": info.summary, "needs": asdict(info.needs), "status": info.status} for key, info in METHODS.items()}
+        table = {
+            key: {"summary": info.summary, "needs": asdict(info.needs), "status": info.status}
+            for key, info in METHODS.items()
+        }
         _emit({"methods": table}, plain_table(("method", "score", "needs", "status"), rows), as_json=as_json)
         return
     found = method_class(name)
     options = describe_options(found)
-    _emit({"method": name, "options": options}, f"{found.__doc__}\n", as_json=as_json)
-    _say("\n".join(f"--option {key}=...  {allowed}" for key, allowed in options.items()) or "no options", as_json=as_json)
+    _say(inspect_module.cleandoc(found.__doc__ or ""), as_json=as_json)
+    listed = "\n".join(f"--option {key}=...  {allowed}" for key, allowed in options.items()) or "no options"
+    _emit({"method": name, "options": options}, "\n" + listed, as_json=as_json)
 
 
 @app.command()
@@ -392,8 +415,19 @@ def networks(as_json: Json = False) -> None:
     from prune2deploy.networks import NETWORKS
     from prune2deploy.screen import plain_table
 
-    rows = [(info.name, "x".join(map(str, info.input_shape)), info.num_classes, info.description) for info in NETWORKS.values()]
-    table = {info.name: {"input_shape": info.input_shape, "num_classes": info.num_classes, "description": info.description, "paper": info.paper} for info in NETWORKS.values()}
+    rows = [
+        (info.name, "x".join(map(str, info.input_shape)), info.num_classes, info.description)
+        for info in NETWORKS.values()
+    ]
+    table = {
+        info.name: {
+            "input_shape": info.input_shape,
+            "num_classes": info.num_classes,
+            "description": info.description,
+            "paper": info.paper,
+        }
+        for info in NETWORKS.values()
+    }
     _emit({"networks": table}, plain_table(("network", "input", "classes", "what it is"), rows), as_json=as_json)
     _say("also FILE.py:FACTORY, and with the extra 'zoo' torchvision:NAME and timm:NAME", as_json=as_json)
 
@@ -436,7 +470,10 @@ def doctor(as_json: Json = False) -> None:
     found = environment()
     has: Callable[[str], bool] = lambda name: find_spec(name) is not None  # noqa: E731
     checks = [
-        ("prune, export, run", "ready" if has("torch") and has("onnxscript") else "pip install 'prune2deploy[torch,cpu]'"),
+        (
+            "prune, export, run",
+            "ready" if has("torch") and has("onnxscript") else "pip install 'prune2deploy[torch,cpu]'",
+        ),
         ("slim, verify, inspect", "ready" if has("onnxruntime") else "pip install 'prune2deploy[cpu]'"),
         *((f"{_uses(info)} with {name}", info.status() or "ready") for name, info in BACKENDS.items()),
     ]

@@ -29,7 +29,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Term:
-    """``coefficient * product of the widths / divisor``, spent by one layer; the divisor is the number of conv groups."""
+    """``coefficient * product of the widths / divisor``, of one layer; the divisor is its number of groups."""
 
     layer: str
     coefficient: int

@@ -63,12 +63,12 @@ def export_network(module: nn.Module, example_inputs: Sequence[torch.Tensor], *,
                 output_names=_names("output", outputs),
                 dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in inputs),
             )
-            if program is None:
-                raise RuntimeError("the exporter returned nothing")
             model = _simplified(program, fuse=fuse)
     except Exception as error:  # the exporter fails with errors of many libraries
         reason = _reason(error)
-        raise InputError(f"the network cannot be exported to ONNX: {reason}; change that part of its forward()") from error
+        raise InputError(
+            f"the network cannot be exported to ONNX: {reason}; change that part of its forward()"
+        ) from error
     if not fuse:
         _drop_made_up_biases(model, set(module.state_dict()))
     return Exported(model, _take_record(model))
@@ -85,7 +85,7 @@ def _output_count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
         except Exception as error:  # whatever a user's forward() raises
             shapes = [list(tensor.shape) for tensor in inputs]
             raise InputError(
-                f"the network does not run on inputs of shape {shapes} ({one_line(error, 160)}); give --input NAME:SHAPE"
+                f"the network does not run on inputs {shapes} ({one_line(error, 160)}); give --input NAME:SHAPE"
             ) from error
     return len([leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])
 
@@ -200,7 +200,9 @@ def require_agreement(module: nn.Module, model: Path, inputs: Sequence[torch.Ten
     try:
         import onnxruntime
     except ImportError as error:
-        raise DeviceError("onnxruntime is not installed, so no export can be checked; pip install 'prune2deploy[cpu]'") from error
+        raise DeviceError(
+            "onnxruntime is not installed, so no export can be checked; pip install 'prune2deploy[cpu]'"
+        ) from error
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
     feeds = {item.name: tensor.numpy() for item, tensor in zip(session.get_inputs(), inputs, strict=True)}
     with torch.no_grad():
@@ -210,5 +212,7 @@ def require_agreement(module: nn.Module, model: Path, inputs: Sequence[torch.Ten
         scale = max(float(want.abs().max()), 1e-12)
         worst = max(worst, float(np.abs(want.numpy() - got).max()) / scale)
     if not worst <= rtol:
-        raise VerifyError(f"'{model}' differs from the torch network by {worst:.1e} of its largest output (limit {rtol:.0e})")
+        raise VerifyError(
+            f"'{model}' differs from the torch network by {worst:.1e} of its largest output (limit {rtol:.0e})"
+        )
     return worst

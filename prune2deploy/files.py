@@ -32,7 +32,9 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write '{path}': {one_line(error)}; free some space or choose another place") from error
+        raise InputError(
+            f"cannot write '{path}': {one_line(error)}; free some space or choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ torch parameters; so the same group speaks of both.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from prune2deploy.errors import InputError
 from prune2deploy.files import read_json, write_json
 
 SCHEMA_VERSION = 1
+
+NO_WIDTH = Width(0)
 
 SILENCED_ROLES = frozenset({"filter", "bias", "scale", "shift"})
 """The roles that a mask zeroes: a channel's filter and bias, and the scale and shift of every norm that carries it."""
@@ -86,8 +89,8 @@ class Layer:
     var: str | None = None
     epsilon: float | None = None
     norm: str | None = None
-    out_width: Width = Width(0)
-    in_width: Width = Width(0)
+    out_width: Width = NO_WIDTH
+    in_width: Width = NO_WIDTH
     padded: bool = False
 
 
@@ -102,7 +105,7 @@ class Groups:
     def __getitem__(self, group_id: str) -> Group:
         return self.by_id[group_id]
 
-    @property
+    @cached_property
     def by_id(self) -> dict[str, Group]:
         """The groups by id."""
         return {group.id: group for group in self.groups}
@@ -116,9 +119,10 @@ class Groups:
         """Return the dense width of every group."""
         return {group.id: group.size for group in self.groups}
 
-    def layer(self, name: str) -> Layer:
-        """Return a layer by name."""
-        return next(layer for layer in self.layers if layer.name == name)
+    @cached_property
+    def layer_by_name(self) -> dict[str, Layer]:
+        """The layers by name."""
+        return {layer.name: layer for layer in self.layers}
 
     def save(self, path: Path) -> None:
         """Write ``groups.json``."""

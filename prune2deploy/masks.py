@@ -28,7 +28,9 @@ def load_masks(path: Path) -> dict[str, np.ndarray]:
     try:
         masks = load_file(require_file(path, "a masks.safetensors file"))
     except SafetensorError as error:
-        raise InputError(f"'{path}' is not a safetensors file ({one_line(error, 120)}); run 'p2d prune' again") from error
+        raise InputError(
+            f"'{path}' is not a safetensors file ({one_line(error, 120)}); run 'p2d prune' again"
+        ) from error
     wrong = [name for name, mask in masks.items() if mask.dtype != np.bool_ or mask.ndim != 1]
     if wrong:
         raise InputError(f"'{path}' holds '{wrong[0]}', which is not a vector of bool; run 'p2d prune' again")

@@ -1,8 +1,9 @@
-"""The walk, top to bottom: prune, export, slim, verify, build, bench, report. The only module that joins the columns."""
+"""The walk, top to bottom: prune, export, slim, verify, build, bench, report. Only this module joins the columns."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,8 +72,8 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def load_task(recipe: Recipe, *, with_weights: bool = True) -> Task:
-    """Return the recipe's network with its weights, and its data.
+def load_task(recipe: Recipe, weights: Path | None = None) -> Task:
+    """Return the recipe's network and data, with the recipe's weights or those in ``weights``.
 
     Raises:
         InputError: if any of them cannot be loaded, or they do not fit each other.
@@ -83,34 +84,21 @@ def load_task(recipe: Recipe, *, with_weights: bool = True) -> Task:
     _use_threads(recipe)
     size = recipe.input_shape[-1] if recipe.input_shape else None
     data = load_data(recipe.data, seed=recipe.seed, holdout=recipe.holdout, image_size=size)
-    shape = recipe.input_shape or data.input_shape
     network = load_network(
         recipe.network,
         num_classes=data.num_classes,
         in_channels=data.in_channels,
-        input_shape=shape,
+        input_shape=recipe.input_shape or data.input_shape,
         seed=recipe.seed,
     )
-    metadata = load_weights(network.module, Path(recipe.weights)) if recipe.weights and with_weights else {}
-    if recipe.weights and not with_weights:
-        metadata = _metadata(Path(recipe.weights))
+    path = weights or (Path(recipe.weights) if recipe.weights else None)
+    metadata = load_weights(network.module, path) if path is not None else {}
     own = normalisation(metadata) or (data.mean, data.std)
     mean, std = recipe.mean or own[0], recipe.std or own[1]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != data.in_channels:
             raise InputError(f"--{name} has {len(values)} values, but the images have {data.in_channels} channels")
     return Task(recipe, network, data, tuple(mean), tuple(std))
-
-
-def _metadata(path: Path) -> Mapping[str, str]:
-    """Return the metadata of a safetensors file, empty for what is not there any more or is of another format."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "np") as archive:
-            return archive.metadata() or {}
-    except (OSError, SafetensorError):
-        return {}
 
 
 def _use_threads(recipe: Recipe) -> None:
@@ -251,8 +239,6 @@ def _accuracy(task: Task, name: str, note: Note, seconds: dict[str, float]) -> d
 
 
 def _write_log(run: Path, history: list[dict[str, Any]]) -> None:
-    import json
-
     write_bytes(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history).encode())
 
 
@@ -262,8 +248,8 @@ def _save_weights(task: Task, run: Path) -> None:
     metadata = {
         "network": task.recipe.network,
         "method": task.recipe.method,
-        "mean": ", ".join(repr(value) for value in task.mean),
-        "std": ", ".join(repr(value) for value in task.std),
+        "mean": json.dumps(task.mean),
+        "std": json.dumps(task.std),
     }
     save_weights(task.network.module, run / "weights.safetensors", metadata)
 
@@ -318,21 +304,18 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
     """
     from prune2deploy.export import export_network, load_into, require_agreement, weights_in
     from prune2deploy.graph.model import load_model, save_model
-    from prune2deploy.networks import load_weights
 
     recipe = load_run(run)
     with locked(run):
         note("loading the run")
-        task = load_task(recipe, with_weights=False)
+        task = load_task(recipe, run / "weights.safetensors")
         module = task.network.module
-        analysis = load_model(run / "analysis.onnx")
+        masked = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        dense = weights_in(load_model(run / "analysis.onnx"))  # the network as it came
         agreement: dict[str, float] = {}
-        for name in ("dense", "masked"):
+        for name, weights in (("dense", dense), ("masked", masked)):
             note(f"exporting {name}.onnx")
-            if name == "dense":
-                load_into(module, weights_in(analysis))
-            else:
-                load_weights(module, run / "weights.safetensors")
+            load_into(module, weights)
             exported = export_network(module, task.network.example_inputs, fuse=True)
             save_model(normal_form(exported.model), run / f"{name}.onnx")
             agreement[name] = require_agreement(module, run / f"{name}.onnx", task.network.example_inputs)
@@ -587,8 +570,11 @@ def finished_steps(run: Path, recipe: Recipe) -> set[str]:
     if load_recipe(run / "recipe.toml") != recipe:
         raise InputError(f"'{run}' was made by another recipe; leave --resume out to start anew, or choose another -o")
     report = read_report(run)
-    files = {"prune": ("masks.safetensors", "weights.safetensors", "analysis.onnx"), "slim": ("dense.onnx", "slim.onnx")}
-    done = set()
+    files = {
+        "prune": ("masks.safetensors", "weights.safetensors", "analysis.onnx"),
+        "slim": ("dense.onnx", "slim.onnx"),
+    }
+    done: set[str] = set()
     for step in ("prune", "slim", "bench"):
         if step not in report or not all((run / name).exists() for name in files.get(step, ())):
             break

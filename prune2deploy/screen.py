@@ -78,7 +78,9 @@ def loud(found: Findings) -> list[str]:
     """Return what must not pass for a success."""
     texts = []
     if found.nothing_removed:
-        texts.append("NOTHING WAS REMOVED: the slim graph is as large as the dense one. That is a result, not a success.")
+        texts.append(
+            "NOTHING WAS REMOVED: the slim graph is as large as the dense one. That is a result, not a success."
+        )
     verdict = found.verdict
     if verdict and verdict["word"] != "faster":
         texts.append(f"NOT FASTER: {verdict['explanation']}. That is a result, not a success.")
@@ -122,7 +124,7 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("layer", "operator", "width", "MACs", "parameters")
     for row in rows:
         table.add_row(
-            row["name"],
+            Text(row["name"]),
             row["op_type"],
             _arrow(row["before"], row["after"]),
             _arrow(row["macs_before"], row["macs_after"]) if row["kind"] == "linear" else "",
@@ -148,7 +150,9 @@ def slim_summary(section: Mapping[str, Any], target: Path) -> RenderableType:
         table,
         Text(
             f"{section['removed_channels']:,} channels removed; "
-            + ", ".join(f"{name} {seconds[name]:.2f} s" for name in ("read", "normalise", "analysis", "rewrite", "write"))
+            + ", ".join(
+                f"{name} {seconds[name]:.2f} s" for name in ("read", "normalise", "analysis", "rewrite", "write")
+            )
         ),
     ]
     if section["opaque"]:
@@ -168,7 +172,7 @@ def bench_summary(section: Mapping[str, Any]) -> RenderableType:
     for one in timings:
         ratio = ratios.get(one["arm"]) or (control if control and control["arm"] == one["arm"] else None)
         table.add_row(
-            one["arm"],
+            Text(one["arm"]),
             f"{one['median_ms']:.3f} ms",
             f"{one['p90_ms']:.3f} ms",
             "-" if one["p99_ms"] is None else f"{one['p99_ms']:.3f} ms",
@@ -187,7 +191,9 @@ def value_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return what the analysis knows of every value with channels."""
     table = Table("value", "channels", "constant", "aliases", "live", "kept", "needed by")
     for row in rows:
-        table.add_row(*(str(row[key]) for key in ("value", "channels", "constant", "aliases", "live", "kept", "reader")))
+        table.add_row(
+            *(Text(str(row[key])) for key in ("value", "channels", "constant", "aliases", "live", "kept", "reader"))
+        )
     return table
 
 
@@ -195,5 +201,5 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Tab
     """Return a plain table."""
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # as Text, so that [brackets] are not taken for styles
     return table

@@ -52,7 +52,9 @@ TABLE = {
     "data": Row((*BASE, "networks", "data"), names("numpy torch"), TORCH_LAZY),
     "apply": Row((*BASE, "networks"), names("numpy torch"), TORCH_LAZY),
     "train": Row((*BASE, "networks", "data", "apply", "train"), names("numpy torch"), TORCH_LAZY),
-    "export": Row((*BASE, "networks", "apply", "export"), names("numpy torch onnx onnxscript"), TORCH_LAZY),
+    "export": Row(
+        (*BASE, "networks", "apply", "export"), names("numpy torch onnx onnxscript"), TORCH_LAZY | names("onnxruntime")
+    ),
     # scores and budgets are functions of arrays, so the torch column and an ONNX file share them
     "budget": Row(BASE, names("numpy scipy")),
     "methods": Row((*BASE, "budget", "methods"), names("numpy scipy"), names("torch sklearn")),
@@ -66,6 +68,8 @@ TABLE = {
     "findings": Row(BASE, names("numpy")),
     "figures": Row((*BASE, *PAGE), names("numpy"), names("plotly")),
     "page": Row((*BASE, *PAGE), names("numpy"), names("plotly")),
+    # what a terminal shows
+    "screen": Row((*BASE, *PAGE), names("rich")),
     # what joins the columns
     "pipeline": Row(ANY, names("numpy"), names("numpy scipy torch onnx onnx_graphsurgeon onnxruntime")),
     "pruner": Row(ANY, names("numpy torch")),

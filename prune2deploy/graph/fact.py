@@ -122,7 +122,7 @@ def expand(fact: Fact, axis: int, size: int, shape: Shape, numbers: Numbers) -> 
 
 
 def collapse(fact: Fact, axis: int, shape: Shape, numbers: Numbers) -> Fact:
-    """Return the fact with ``axis`` collapsed: a constant where all positions are that constant, else a fresh function."""
+    """Return the fact with ``axis`` collapsed: a constant where all positions are that one, else a fresh function."""
     if fact.shape[axis] == 1:
         return fact
     mark = numbers.intern(("collapse", axis, layout_key(shape, fact)))
@@ -149,7 +149,7 @@ def with_layout(fact: Fact, axes: Sequence[int], sizes: Sequence[int], shape: Sh
 
 
 def fit_mask(mask: np.ndarray, layout: tuple[int, ...]) -> np.ndarray:
-    """Return a mask of positions in another layout of the same value: any over collapsed axes, spread over expanded ones."""
+    """Return a mask in another layout of the same value: any over collapsed axes, spread over expanded ones."""
     axes = tuple(a for a, (have, want) in enumerate(zip(mask.shape, layout, strict=True)) if have > 1 and want == 1)
     reduced = mask.any(axis=axes, keepdims=True) if axes else mask
     return np.broadcast_to(reduced, layout).copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,9 +75,7 @@ def _sort_positions(tb: Tables, known: Known) -> _Sorting:
 def _frozen(value: str, known: Known, positions: Positions) -> list[Constraint]:
     fact = known.view.facts.get(value)
     axes = range(len(fact.shape)) if fact is not None else range(0)
-    return [
-        Equal(ids, np.full(len(ids), FROZEN)) for axis in axes if (ids := positions.ids(value, axis)) is not None
-    ]
+    return [Equal(ids, np.full(len(ids), FROZEN)) for axis in axes if (ids := positions.ids(value, axis)) is not None]
 
 
 def _by_signature(positions: Positions, class_of: Ids) -> _Sorting:
@@ -145,7 +144,7 @@ def _kept_because(members: list[Member]) -> str | None:
     return None if any(member.role == "filter" for member in members) else "no filter produces it"
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Node], str]] = {
     "Relu": lambda node: "Relu",
     "Sigmoid": lambda node: "Sigmoid",
     "LeakyRelu": lambda node: f"LeakyRelu({node.attribute('alpha', 0.01):g})",

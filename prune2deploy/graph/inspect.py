@@ -25,7 +25,9 @@ def inspect_model(model: onnx.ModelProto) -> dict[str, Any]:
         "macs": {"before": before.macs, "after": after.macs},
         "parameters": {"before": before.parameters, "after": after.parameters},
         "opaque": opaque_operators(analysis),
-        "values": [_value_row(value, analysis) for value in analysis.liveness.live if _has_channels(value, analysis)][::-1],
+        "values": [_value_row(value, analysis) for value in analysis.liveness.live if _has_channels(value, analysis)][
+            ::-1
+        ],
     }
 
 

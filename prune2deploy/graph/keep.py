@@ -56,6 +56,15 @@ class Analysis:
             if slot not in needed
         ]
 
+    def idle_classes(self) -> int:
+        """Return how many kept classes have no live member: channels that stay for a constraint's sake alone."""
+        live = _live_ids(self.keep.positions, self.liveness)
+        kept = np.zeros(self.keep.positions.count, dtype=bool)
+        for value, axis, first, size in self.keep.positions.blocks():
+            kept[first : first + size] = self.keep.kept[value, axis]
+        class_of = self.keep.class_of
+        return len(np.setdiff1d(class_of[kept], class_of[live]))
+
 
 def analyse(tables: Tables, *, round_to: int = 1) -> Analysis:
     """Return the facts, the liveness and the kept positions of a graph; nothing is written."""
@@ -85,14 +94,19 @@ def kept_channels(
         if node.index in liveness.needed:
             constraints += node_constraints(node, known, positions, liveness.needed[node.index])
             constraints += _rounded(node, known, positions, round_to)
-    kept = np.zeros(positions.count, dtype=bool)
-    kept[FROZEN] = True
-    for value, axis, first, size in blocks:
-        mask = liveness.live[value]
-        kept[first : first + size] = mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis))
-    closed, class_of = close(positions.count, constraints, kept)
+    closed, class_of = close(positions.count, constraints, _live_ids(positions, liveness))
     table = {(value, axis): closed[first : first + size] for value, axis, first, size in blocks}
     return Keep(table, class_of, positions), positions.tripped(closed)
+
+
+def _live_ids(positions: Positions, liveness: Liveness) -> np.ndarray:
+    """Return which position ids are live, and the frozen one."""
+    live = np.zeros(positions.count, dtype=bool)
+    live[FROZEN] = True
+    for value, axis, first, size in positions.blocks():
+        mask = liveness.live[value]
+        live[first : first + size] = mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis))
+    return live
 
 
 def node_constraints(node: Node, known: Known, positions: Positions, needed: frozenset[int]) -> Iterable[Constraint]:

@@ -24,7 +24,7 @@ class Liveness:
 
     Attributes:
         live: value -> bool in the layout of its fact. A value that is not here is needed by nobody.
-        reader: value -> int32 in the same layout: index of the node that needs the position, `GRAPH_OUTPUT` or `NOBODY`.
+        reader: value -> int32 in that layout: index of the node that needs the position, `GRAPH_OUTPUT` or `NOBODY`.
         needed: node index -> the input slots that the node still reads; nodes that are not here are dead.
     """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
@@ -37,7 +38,9 @@ def load_model(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError, RuntimeError) as error:
-        raise InputError(f"'{path}' is not an ONNX file or is truncated ({one_line(error, 120)}); export it again") from error
+        raise InputError(
+            f"'{path}' is not an ONNX file or is truncated ({one_line(error, 120)}); export it again"
+        ) from error
     if not model.graph.node and not model.graph.input and not model.graph.output:
         raise InputError(f"'{path}' is not an ONNX file: it holds no graph; export it again")
     _check_opset(model, path)
@@ -66,15 +69,19 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
         if not place.is_relative_to(folder):
             raise InputError(f"'{path}' wants its weights from '{location}', outside its folder; move them beside it")
         if not place.is_file():
-            raise InputError(f"'{path}' wants its weights from '{location}', which is not beside it; copy that file there too")
+            raise InputError(
+                f"'{path}' wants its weights from '{location}', which is not beside it; copy that file there too"
+            )
     try:
         onnx.load_external_data_for_model(model, str(folder))
     except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
-        raise InputError(f"the external data of '{path}' cannot be read ({one_line(error, 160)}); export it again") from error
+        raise InputError(
+            f"the external data of '{path}' cannot be read ({one_line(error, 160)}); export it again"
+        ) from error
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
-    """Write a model: one file below 1.5 GB, above it with the weights in ``NAME.data`` beside it; whole or not at all."""
+    """Write a model whole or not at all: one file below 1.5 GB, above it with its weights in ``NAME.data``."""
     if model.ByteSize() < SINGLE_FILE_BYTES:
         data = model.SerializeToString(deterministic=True)
         write_with(path, lambda temporary: temporary.write_bytes(data))
@@ -97,7 +104,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def normalise(model: onnx.ModelProto) -> gs.Graph:
-    """Return the graph in normal form: shapes inferred, constants folded, no node that only passes its input on, none dead.
+    """Return the graph in normal form: shapes inferred, constants folded, no dead node, none that only passes on.
 
     Initializers that are listed as inputs become plain constants: their listing alone keeps a runtime from optimising.
     The inputs and outputs keep their names, types and shapes. Works in place: the model's own nodes are changed too.
@@ -158,7 +165,8 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
 def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
     for attribute in node.attribute:
         if attribute.name == "value":
-            return attribute.t
+            tensor: onnx.TensorProto = attribute.t
+            return tensor
         if attribute.name in _SCALAR_FIELDS:
             value = np.array(onnx.helper.get_attribute_value(attribute), dtype=_SCALAR_FIELDS[attribute.name])
             return onnx.numpy_helper.from_array(value)
@@ -166,10 +174,12 @@ def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
 
 
 def _remove_passing(graph: onnx.GraphProto) -> None:
-    """Let the readers of a node that only passes its input on read that input; an output of the graph keeps its node."""
+    """Let the readers of a node that only passes its input on read that input; the graph's outputs keep theirs."""
     listed = {value.name for value in graph.input}
     constants = {
-        tensor.name: tensor for tensor in graph.initializer if np.prod(tensor.dims) <= SMALL_CONSTANT and tensor.name not in listed
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if np.prod(tensor.dims) <= SMALL_CONSTANT and tensor.name not in listed
     }
     outputs = {value.name for value in graph.output}
     instead: dict[str, str] = {}
@@ -270,9 +280,11 @@ def sort_nodes(graph: gs.Graph) -> None:
         stack = [root]
         while stack:
             node = stack[-1]
-            waiting = [] if id(node) in done else [
-                made_by[id(tensor)] for tensor in _all_inputs(node) if id(tensor) in made_by
-            ]
+            waiting = (
+                []
+                if id(node) in done
+                else [made_by[id(tensor)] for tensor in _all_inputs(node) if id(tensor) in made_by]
+            )
             waiting = [other for other in waiting if id(other) not in done and other is not node]
             if waiting:
                 stack += waiting
@@ -288,7 +300,7 @@ def sort_nodes(graph: gs.Graph) -> None:
 
 def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
-    model = gs.export_onnx(graph, do_type_check=False)
+    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     del model.graph.value_info[:]
     del model.opset_import[:]
     model.opset_import.extend(like.opset_import)

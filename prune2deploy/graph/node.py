@@ -138,9 +138,9 @@ def _dimension(size: Any) -> int | str | None:
 
 
 def _type_name(dtype: Any) -> str:
-    """Return a type's name; onnx-graphsurgeon gives numpy types, but ONNX's own enum for bfloat16 and other small floats."""
+    """Return a type's name; onnx-graphsurgeon gives numpy types, but ONNX's own enum for bfloat16 and the like."""
     if dtype is None:
         return "unknown"
     if isinstance(dtype, int):
         return {16: "bfloat16"}.get(dtype, f"onnx_{dtype}")
-    return np.dtype(dtype).name
+    return str(np.dtype(dtype).name)

@@ -52,6 +52,7 @@ class Slimmed:
             "opaque": self.opaque,
             "removed_channels": self.removed_channels,
             "removed_layers": self.removed_layers,
+            "idle_classes": self.analysis.idle_classes(),
             "seconds": self.seconds,
         }
 

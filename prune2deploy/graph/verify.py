@@ -1,4 +1,4 @@
-"""Verify: that two graphs compute the same, by running both. Knows nothing of the rules, so it cannot repeat their mistakes."""
+"""Verify: that two graphs compute the same, by running both. It knows no rules, so it cannot repeat their mistakes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ Feeds = dict[str, np.ndarray]
 
 @dataclass
 class OutputResult:
-    """The worst agreement of one output channel by channel: its difference, and what was allowed there."""
+    """The worst agreement of one output channel by channel: its difference, and what was allowed there.
+
+    ``largest`` is the output's largest magnitude over all inputs, ``relative`` the difference as a share of the limit.
+    """
 
     name: str
+    largest: float
     difference: float = 0.0
     limit: float = 0.0
     relative: float = 0.0
@@ -84,7 +88,7 @@ def verify(
     cases = list(_cases(sides[0], samples, shapes or {}, seed))
     expected = [[sides[0].run(feeds, optimised=optimised) for optimised in (False, True)] for _, feeds in cases]
     scales = _Scales(run for runs in expected for run in runs)
-    results = {name: OutputResult(name) for name in sides[0].outputs}
+    results = {name: OutputResult(name, min(scales.largest[name], HUGE)) for name in sides[0].outputs}
     for (label, feeds), runs in zip(cases, expected, strict=True):
         for optimised, want in zip((False, True), runs, strict=True):
             got = sides[1].run(feeds, optimised=optimised)
@@ -218,12 +222,12 @@ def _typed(values: np.ndarray, kind: str) -> np.ndarray:
     if dtype is None:
         raise InputError(f"inputs of type {kind} cannot be made up; give real samples")
     if np.issubdtype(dtype, np.integer):
-        return np.clip(np.abs(values) * 50, 0, 100).astype(dtype)
-    return (values > 0) if dtype is np.bool_ else values.astype(dtype)
+        values = np.clip(np.abs(values) * 50, 0, 100)
+    return np.asarray((values > 0) if dtype is np.bool_ else values.astype(dtype))
 
 
 def _magnitudes(values: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(np.abs(values.astype(np.float64)), posinf=0.0)
+    return np.asarray(np.nan_to_num(np.abs(values.astype(np.float64)), posinf=0.0))
 
 
 def _channel_axes(rank: int) -> tuple[int, ...]:
@@ -260,7 +264,7 @@ class _Scales:
 
 
 def _rounding(runs: list[dict[str, np.ndarray]], name: str, largest: float) -> np.ndarray:
-    """Return what rounding alone may move, by channel: from the reference's two runs, and at least a few last places."""
+    """Return what rounding alone may move, by channel: the reference's two runs tell, and a few last places."""
     a, b = (run[name] for run in runs)
     with np.errstate(invalid="ignore"):
         moved = _magnitudes(a.astype(np.float64) - b.astype(np.float64))

@@ -138,7 +138,7 @@ def _views(weights: Weights, groups: Groups, group: Group) -> list[_View]:
 def _single_view(weights: Weights, groups: Groups, group: Group) -> _View | None:
     """Return the one distribution that all readers of the group see, or None where that is not certain."""
     norms = [norm.layer for norm in _norms(weights, group)]
-    layers = [groups.layer(member.layer) for member in group.of_role("filter")]
+    layers = [groups.layer_by_name[member.layer] for member in group.of_role("filter")]
     views = _views(weights, groups, group)
     if len(group.activations) > 1 or len(views) != 1 or views[0].beta.shape[1] != 1:
         return None

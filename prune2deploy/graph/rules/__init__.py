@@ -36,7 +36,7 @@ RULES: dict[str, Rule] = {
 
 
 def rule_for(node: Node) -> Rule | None:
-    """Return the rule of a node's operator, or None where it is opaque: unknown, in a custom domain, or not on floats."""
+    """Return the rule of a node's operator, or None: it is unknown, of a custom domain, or not on floats."""
     if node.domain or node.captured:
         return None
     return RULES.get(node.op_type) if all(out.dtype in FLOATS for out in node.outputs if out.name) else None

@@ -144,17 +144,15 @@ class Rule:
     work: Callable[[Node, View], Work | None] = field(default=lambda node, view: None)
 
 
-def tie_axes(
-    positions: Positions, a: tuple[str, int], b: tuple[str, int], of_b: np.ndarray | None = None
-) -> Iterable[Constraint]:
-    """Tie position i of axis ``a`` to position ``of_b[i]`` (or i) of axis ``b``; an axis without positions freezes the other."""
+def tie_axes(positions: Positions, a: tuple[str, int], b: tuple[str, int]) -> Iterable[Constraint]:
+    """Tie position i of axis ``a`` to position i of axis ``b``; an axis without positions freezes the other."""
     ids_a, ids_b = positions.ids(*a), positions.ids(*b)
     if ids_a is None and ids_b is None:
         return
     if ids_a is None or ids_b is None:
         yield freeze(ids_a if ids_b is None else ids_b)
         return
-    yield Equal(ids_a, ids_b if of_b is None else ids_b[of_b])
+    yield Equal(ids_a, ids_b)
 
 
 def freeze(ids: Ids | None) -> Equal:

@@ -1,4 +1,4 @@
-"""Operators that treat every position on its own and keep the layout: activations, BatchNormalization, Cast, Identity."""
+"""Operators that treat every position on its own and keep the layout: activations, BatchNormalization, Cast."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Combine = Callable[[Node, Fact, Fact, View], Fact]
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """The two operands with the output's rank and one common layout; ``starts`` are the axes that each lacks in front."""
+    """The two operands with the output's rank and one layout; ``starts`` are the axes that each lacks in front."""
 
     facts: tuple[Fact, Fact]
     starts: tuple[int, int]
@@ -55,7 +55,7 @@ def _spread(fact: Fact, layout: tuple[int, ...], shape: Shape, view: View) -> Fa
 
 
 def _constant(fact: Fact, layout: tuple[int, ...], view: View) -> Fact:
-    """Fit a constant to the layout; where it varies along a collapsed axis it becomes a function with its bits as key."""
+    """Fit a constant to the layout; where it varies along a collapsed axis it is a function keyed by its bits."""
     values = fact.shift
     axes = tuple(axis for axis, size in enumerate(layout) if size == 1 and values.shape[axis] > 1)
     if not axes:
@@ -137,7 +137,7 @@ def _own_layout(mask: np.ndarray, slot: int, node: Node, aligned: Aligned, view:
     """Return a mask of the common layout in an operand's own layout."""
     layout = view.of(node.inputs[slot]).shape
     start = aligned.starts[slot]
-    mask = mask.any(axis=tuple(range(start)))
+    mask = np.asarray(mask.any(axis=tuple(range(start))))
     axes = tuple(axis for axis, size in enumerate(layout) if size == 1)
     return np.asarray(mask.any(axis=axes, keepdims=True))
 
@@ -169,10 +169,10 @@ def elementwise(combine: Combine, *, absorbing_zero: bool) -> Rule:
         for slot in node.value_slots:
             if slot in cut:
                 continue
-            mask = outs[0]
+            mask: np.ndarray = outs[0]
             if absorbing_zero:
                 other = aligned.facts[1 - slot]
-                mask = mask & ~(other.constant & (other.shift == 0))
+                mask = np.asarray(mask & ~(other.constant & (other.shift == 0)))
             demands[slot] = Demand(_own_layout(mask, slot, node, aligned, view))
         return demands
 

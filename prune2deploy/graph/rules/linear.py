@@ -229,9 +229,7 @@ def _group_columns(fact: Fact, linear: Linear, view: View) -> list[Columns]:
     ]
 
 
-def _facts(
-    node: Node, linear: Linear, view: View, signature: Hashable
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _facts(node: Node, linear: Linear, view: View, signature: Hashable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     fact = _input(node, linear, view)
     if linear.depthwise:
         return _depthwise_facts(fact, linear, view, signature)
@@ -333,7 +331,9 @@ def _work(node: Node, linear: Linear) -> Work | None:
     sizes = [size for axis, size in enumerate(shape) if axis not in (0, linear.out_axis)]
     if not all(isinstance(size, int) for size in sizes):
         return None
-    coefficient = int(np.prod([size for size in sizes if isinstance(size, int)], dtype=np.int64)) * linear.weight.shape[2]
+    coefficient = (
+        int(np.prod([size for size in sizes if isinstance(size, int)], dtype=np.int64)) * linear.weight.shape[2]
+    )
     out = Axis(node.outputs[0].name, linear.out_axis)
     if linear.depthwise:
         return Work(coefficient, out, len(linear.weight), None, 1, padded=linear.padded)

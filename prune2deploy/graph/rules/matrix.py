@@ -78,17 +78,17 @@ class Merged:
 def merge(matrix: Matrix, cols: Columns) -> Merged:
     """Return the matrix with its columns of equal inputs added up."""
     active = np.flatnonzero(cols.weight)
-    key, first, inverse = np.unique(cols.key[active], return_index=True, return_inverse=True)
+    key, inverse = np.unique(cols.key[active], return_inverse=True)
     if len(key) == len(active):  # no aliases: classes are the columns in their own order
-        key, first, inverse = cols.key[active], np.arange(len(active)), np.arange(len(active))
+        key, inverse = cols.key[active], np.arange(len(active))
     class_of = np.full(len(cols.key), -1, dtype=np.int64)
     class_of[active] = inverse
     weight = matrix.weight if len(active) == len(cols.key) else matrix.weight[:, active]
     scales = cols.weight[active]
     if len(key) < len(active):
-        total = np.zeros((weight.shape[0], len(key), weight.shape[2]))
-        np.add.at(total, (slice(None), inverse), weight.astype(np.float64) * scales[None, :, None])
-        weight = total.astype(matrix.weight.dtype)
+        total = np.zeros((len(key), weight.shape[0], weight.shape[2]))
+        np.add.at(total, inverse, (weight.astype(np.float64) * scales[None, :, None]).transpose(1, 0, 2))
+        weight = total.transpose(1, 0, 2).astype(matrix.weight.dtype)
     elif (scales != 1).any():
         weight = (weight.astype(np.float64) * scales[None, :, None]).astype(matrix.weight.dtype)
     nonzero = (weight != 0).any(axis=2)

@@ -58,10 +58,14 @@ def _concat_facts(node: Node, view: View) -> list[Fact] | None:
     if facts is None or axis is None:
         return None
     if any(fact.shape[axis] > 1 for fact in facts):
-        return [Fact(*(np.concatenate(parts, axis=axis) for parts in zip(*(_parts(fact) for fact in facts), strict=True)))]
+        return [
+            Fact(*(np.concatenate(parts, axis=axis) for parts in zip(*(_parts(fact) for fact in facts), strict=True)))
+        ]
     same = np.logical_and.reduce([fact.constant & (fact.shift == facts[0].shift) for fact in facts])
     signature = ("Concat", axis, tuple(operand.shape for operand in node.inputs))
-    return [make(view.numbers.of_facts(signature, *facts), np.where(same, 0.0, 1.0), np.where(same, facts[0].shift, 0.0))]
+    return [
+        make(view.numbers.of_facts(signature, *facts), np.where(same, 0.0, 1.0), np.where(same, facts[0].shift, 0.0))
+    ]
 
 
 def _parts(fact: Fact) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -76,7 +80,9 @@ def _concat_spans(node: Node, view: View) -> list[slice]:
         return [slice(None)] * len(node.inputs)
     sizes = [operand.shape[axis] for operand in node.inputs if operand.shape is not None]
     ends = np.cumsum([size for size in sizes if isinstance(size, int)])
-    return [slice(int(end) - int(size), int(end)) for end, size in zip(ends, sizes, strict=True) if isinstance(size, int)]
+    return [
+        slice(int(end) - int(size), int(end)) for end, size in zip(ends, sizes, strict=True) if isinstance(size, int)
+    ]
 
 
 def _concat_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
@@ -216,7 +222,7 @@ def _pad_plan(node: Node, view: View) -> tuple[Sources, object, float] | None:
     if given is None:
         return None
     pads = [int(pad) for pad in np.asarray(given).ravel()]
-    axes = list(range(rank)) if node.constant(3) is None else [int(a) % rank for a in np.ravel(node.constant(3))]
+    axes = _pad_axes(node, rank)
     amounts = {axis: (pads[i], pads[i + len(axes)]) for i, axis in enumerate(axes)}
     layout = view.of(node.inputs[0]).shape
     on_channels = {axis: pair for axis, pair in amounts.items() if layout[axis] > 1 and pair != (0, 0)}
@@ -230,6 +236,11 @@ def _pad_plan(node: Node, view: View) -> tuple[Sources, object, float] | None:
     value = node.attribute("value", 0.0) if node.opset < 11 else node.constant(2)
     fill = 0.0 if value is None else float(np.ravel(value)[0])
     return sources, (mode, rest), fill
+
+
+def _pad_axes(node: Node, rank: int) -> list[int]:
+    given = node.constant(3)
+    return list(range(rank)) if given is None else [int(axis) % rank for axis in given.ravel()]
 
 
 Plan = Callable[[Node, View], tuple[Sources, object, float] | None]
@@ -287,8 +298,8 @@ def sourced_rule(plan: Plan, drop: Callable[[Node, Edit], None]) -> Rule:
             shape = list(mask.shape)
             shape[axis] = layout[axis]
             wider = np.zeros(shape, dtype=bool)
-            index = (slice(None),) * axis
-            np.logical_or.at(wider, (*index, source[inside]), mask[(*index, inside)])
+            front = np.moveaxis(wider, axis, 0)  # a view
+            np.logical_or.at(front, source[inside], np.moveaxis(mask, axis, 0)[inside])
             mask = wider
         return {0: Demand(mask)}
 
@@ -358,7 +369,7 @@ def _drop_pad(node: Node, edit: Edit) -> None:
     given = node.attribute("pads", node.attribute("paddings")) if node.opset < 11 else node.constant(1)
     amounts = np.array(given).ravel().copy()
     count = len(amounts) // 2
-    axes = list(range(rank)) if node.constant(3) is None else [int(a) % rank for a in np.ravel(node.constant(3))]
+    axes = _pad_axes(node, rank)
     changed = False
     for axis, source in planned[0].items():
         if edit.kept(node.outputs[0], axis) is None and edit.kept(operand, axis) is None:
@@ -416,7 +427,7 @@ def _unsqueeze_axes(node: Node, rank: int) -> list[int | None] | None:
 
 
 def renaming_rule(read: Callable[[Node, int], list[int | None] | None]) -> Rule:
-    """Return the rule of an operator that permutes, removes or adds axes; ``read`` gives each output axis's input axis."""
+    """Return the rule of an operator that permutes, removes or adds axes; ``read`` gives each output axis's source."""
 
     def facts(node: Node, view: View) -> list[Fact] | None:
         fact = view.of(node.inputs[0])

@@ -46,7 +46,9 @@ def _average_facts(node: Node, view: View) -> list[Fact] | None:
     if not _only_channels(node, view):
         return None
     auto_pad = node.attribute("auto_pad", "NOTSET")
-    padded = max(node.attribute("pads", [0])) > 0 or auto_pad not in ("NOTSET", "VALID") or node.attribute("ceil_mode", 0)
+    padded = (
+        max(node.attribute("pads", [0])) > 0 or auto_pad not in ("NOTSET", "VALID") or node.attribute("ceil_mode", 0)
+    )
     border = bool(padded and node.attribute("count_include_pad", 0))
     return [linear_window(view.of(node.inputs[0]), _signature(node), border=border, view=view)]
 
@@ -69,7 +71,7 @@ MAX_POOL = _window_rule(_max_facts)
 
 
 def _reduced_axes(node: Node) -> list[int] | None:
-    """Return the axes that a reduction removes, not negative, or None where they are computed or the rank is unknown."""
+    """Return the axes that a reduction removes, not negative, or None where they or the rank are not known."""
     rank = node.inputs[0].rank
     if rank is None:
         return None
@@ -106,8 +108,6 @@ def _mean_ties(node: Node, positions: Positions, view: View, needed: frozenset[i
     kept = list(range(rank)) if node.attribute("keepdims", 1) else [axis for axis in range(rank) if axis not in axes]
     for out_axis, in_axis in enumerate(kept):
         yield from tie_axes(positions, (node.outputs[0].name, out_axis), (node.inputs[0].name, in_axis))
-
-
 
 
 REDUCE_MEAN = Rule(_mean_facts, _mean_live, _mean_ties, nothing_to_drop, "pool")

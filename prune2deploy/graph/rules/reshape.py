@@ -129,7 +129,10 @@ def _ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) 
         if len(into) == 1 and len(out) == 1:
             yield from tie_axes(positions, (operand.name, into[0]), (output.name, out[0]))
         else:
-            sides = (_axes(positions, operand.name, operand.shape, into), _axes(positions, output.name, output.shape, out))
+            sides = (
+                _axes(positions, operand.name, operand.shape, into),
+                _axes(positions, output.name, output.shape, out),
+            )
             yield Hull(sides)
 
 
@@ -145,7 +148,7 @@ def _axes(positions: Positions, value: str, shape: Shape | None, axes: list[int]
 
 
 def _drop(node: Node, edit: Edit) -> None:
-    """Rewrite the target shape; 0 copies an axis that stands at the same place, -1 is left for the first dynamic one."""
+    """Rewrite the target shape; 0 copies an axis at the same place, -1 is left for one that is dynamic."""
     output = node.outputs[0]
     shape = output.shape
     assert shape is not None
@@ -171,7 +174,9 @@ def _checked_facts(node: Node, view: View) -> list[Fact] | None:
     """Refuse shapes that could not be rewritten: more than one dynamic size that cannot be copied."""
     before, after = node.inputs[0].shape or (), _target(node) or ()
     open_sizes = [
-        axis for axis, size in enumerate(after) if not isinstance(size, int) and not (axis < len(before) and before[axis] == size)
+        axis
+        for axis, size in enumerate(after)
+        if not isinstance(size, int) and not (axis < len(before) and before[axis] == size)
     ]
     if len(open_sizes) > 1 or any(size == 0 for size in (*before, *after)):
         return None
