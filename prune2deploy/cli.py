@@ -32,6 +32,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in p
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX file.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="NAME:SHAPE", help="Shape of an input with dynamic axes, as input:1,3,224,224."),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 5 if nothing was removed or it is not faster.")]
 
 
@@ -136,7 +140,7 @@ def prune(
             "round_to": round_to,
             "keep": tuple(keep or ()),
             "recalibrate": recalibrate,
-            "input_shape": _shape(input_),
+            "input_shape": next(iter(_shapes([input_] if input_ else None).values()), None),
             "mean": _numbers("--mean", mean),
             "std": _numbers("--std", std),
             "seed": seed,
@@ -173,16 +177,18 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
         raise InputError(f"{name} '{text}' is not a list of numbers; write it like 0.5,0.5,0.5") from error
 
 
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        sizes = tuple(int(part) for part in text.partition(":")[2].replace("x", ",").split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise InputError(f"--input '{text}' is not NAME:SHAPE; write it like input:3,32,32, without the batch")
-    return sizes
+def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for text in texts or []:
+        name, colon, sizes = text.rpartition(":")
+        try:
+            shape = tuple(int(part) for part in sizes.replace("x", ",").split(","))
+        except ValueError:
+            shape = ()
+        if not name or not colon or not shape or min(shape) < 1:
+            raise InputError(f"--input '{text}' is not NAME:SHAPE; write it like input:1,3,224,224")
+        found[name] = shape
+    return found
 
 
 @app.command()
@@ -224,6 +230,7 @@ def slim(
     target: Annotated[Path, typer.Option("-o", "--out", metavar="SLIM.onnx", help="The slim file.")],
     round_to: Annotated[int, typer.Option(min=1, help="Keep dead channels so that widths are multiples.")] = 1,
     rtol: Annotated[float, typer.Option(help="Difference allowed, relative to each output channel's scale.")] = 1e-4,
+    input_: Shapes = None,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -232,7 +239,8 @@ def slim(
     from prune2deploy.screen import slim_summary
 
     with _live() as live:
-        slimmed = pipeline.slim(model, target, round_to=round_to, rtol=rtol, note=live.note)
+        shapes = _shapes(input_)
+        slimmed = pipeline.slim(model, target, round_to=round_to, rtol=rtol, shapes=shapes, note=live.note)
     section = pipeline.slim_section(model, target, slimmed)
     _emit({"slim": section}, slim_summary(section, target), as_json=as_json)
     if strict and not slimmed.removed_channels:
@@ -245,6 +253,7 @@ def verify(
     candidate: Annotated[Path, typer.Argument(metavar="B.onnx", help="The graph that must agree.")],
     rtol: Annotated[float, typer.Option(help="Difference allowed, relative to each output channel's scale.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    input_: Shapes = None,
     as_json: Json = False,
 ) -> None:
     """Check that two ONNX files compute the same; exit with 3 if they do not."""
@@ -256,7 +265,7 @@ def verify(
         load_model(path)
     with _live() as live:
         live.note("running both")
-        found = compare(reference, candidate, rtol=rtol, seed=seed)
+        found = compare(reference, candidate, rtol=rtol, seed=seed, shapes=_shapes(input_))
     rows = [(one.name, f"{one.difference:.2e}", f"{one.limit:.2e}", one.where) for one in found.outputs]
     shown = plain_table(("output", "difference", "limit", "worst on"), rows)
     _emit({"verify": found.to_json()}, shown, as_json=as_json)
@@ -275,6 +284,7 @@ def bench(
     seconds: Annotated[float | None, typer.Option(min=0.01, help="Time for each model in each round.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Runs in each round, in place of --seconds.")] = None,
     seed: Annotated[int, typer.Option(help="Of the inputs and the order of runs.")] = 0,
+    input_: Shapes = None,
     against: Annotated[
         Path | None, typer.Option(metavar="REPORT.json", help="Exit with 5 if slower than this report says.")
     ] = None,
@@ -293,7 +303,7 @@ def bench(
         "iterations": iterations,
         "backend": backend,
     }
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None} | {"shapes": _shapes(input_)}
     with _live() as live:
         if len(models) == 1 and models[0].is_dir():
             recipe = pipeline.load_run(models[0])

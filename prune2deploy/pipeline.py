@@ -25,6 +25,7 @@ from prune2deploy.report import read_report, update_section, write_samples
 if TYPE_CHECKING:
     import onnx
 
+    from prune2deploy.backends.tensorrt import BuildReport
     from prune2deploy.data import Data
     from prune2deploy.graph.rewrite import Slimmed
     from prune2deploy.latency import Comparison
@@ -381,6 +382,7 @@ def slim(
     *,
     round_to: int = 1,
     samples: Mapping[str, np.ndarray] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     rtol: float | None = None,
     run: Path | None = None,
     note: Note = silent,
@@ -411,7 +413,7 @@ def slim(
     candidate = target.with_name(f".{target.name}.unverified.onnx")
     try:
         save_model(slimmed.model, candidate)
-        found = verify(source, candidate, rtol=RTOL if rtol is None else rtol, samples=samples)
+        found = verify(source, candidate, rtol=RTOL if rtol is None else rtol, samples=samples, shapes=shapes)
         start = time.perf_counter()
         save_model(slimmed.model, target)
         slimmed.seconds["write"] = time.perf_counter() - start
@@ -436,7 +438,7 @@ def slim_section(source: Path, target: Path, slimmed: Slimmed) -> dict[str, Any]
 # --- build ------------------------------------------------------------------------------------------------------------
 
 
-def build_engine(run: Path, precision: str, *, note: Note = silent) -> Any:
+def build_engine(run: Path, precision: str, *, note: Note = silent) -> BuildReport:
     """Build the TensorRT engine of a run's ``slim.onnx`` into ``engines/``.
 
     Raises:
@@ -448,12 +450,27 @@ def build_engine(run: Path, precision: str, *, note: Note = silent) -> Any:
     slim_file = require_file(run / "slim.onnx", "the slim graph of an exported run")
     note("building the TensorRT engine")
     engines = run / "engines"
-    return TensorRT().build_engine(
+    built = TensorRT().build_engine(
         slim_file,
         engines / f"slim-{precision}.engine",
         precision=precision,
         timing_cache=engines / "timing.cache",
     )
+    section = read_report(run)["export"]
+    section.setdefault("engines", {})[precision] = {
+        "engine": built.engine.name,
+        "bytes": built.size_bytes,
+        "sha256": built.sha256,
+        "onnx_sha256": built.onnx_sha256,
+        "tensorrt": built.tensorrt,
+        "strongly_typed": built.strongly_typed,
+        "flags": built.flags,
+        "layer_precisions": built.layers.precisions,
+        "seconds": built.seconds,
+        "warnings": built.warnings,
+    }
+    update_section(run, "export", section)
+    return built
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------

@@ -279,13 +279,13 @@ def test_groups_without_scores_are_kept_whole_and_the_others_meet_the_target() -
     assert met(groups, widths_of(masks), target)
 
 
-def test_a_pattern_protects_every_group_that_its_parameters_belong_to() -> None:
+def test_a_pattern_protects_what_its_parameters_make_but_not_what_they_read() -> None:
     groups = protect(residual_groups(), ["bn1.*"])
     assert groups["conv1"].kept_because == "kept by --keep 'bn1.*'"
     assert groups["stem"].prunable
     assert groups["fc"].kept_because == "an output of the network"
-    both = protect(residual_groups(), ["conv2.weight"])
-    assert both.prunable == []
+    made = protect(residual_groups(), ["conv2.weight"])
+    assert [group.id for group in made.prunable] == ["conv1"], "conv2 reads conv1's channels and makes the stem's"
     widths = choose_widths(groups, Target("macs", 0.7))
     assert widths["conv1"] == 8
 

@@ -82,10 +82,11 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a model whole or not at all: one file below 1.5 GB, above it with its weights in ``NAME.data``."""
-    if model.ByteSize() < SINGLE_FILE_BYTES:
+    if sum(tensor.ByteSize() for tensor in model.graph.initializer) < SINGLE_FILE_BYTES:
         data = model.SerializeToString(deterministic=True)
         write_with(path, lambda temporary: temporary.write_bytes(data))
         return
+    model = _copy(model)  # saving with external data takes the weights out of the model
     weights = path.with_name(path.name + ".data")
     temporary_weights = path.with_name(f".{path.name}.data.part")
 
@@ -101,6 +102,12 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
         temporary_weights.replace(weights)
 
     write_with(path, write)
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def normalise(model: onnx.ModelProto) -> gs.Graph:

@@ -18,8 +18,8 @@ NOISE_FACTOR = 8.0
 LAST_PLACES = 4.0
 """Units in the last place of the largest output that are always allowed."""
 HUGE = 1e308
-BATCHES = (1, 3)
-DYNAMIC_SIZE = 32
+DYNAMIC_SIZES = ((1, 32), (3, 64))
+"""What dynamic axes are set to: the first axis, and the others."""
 Feeds = dict[str, np.ndarray]
 
 
@@ -75,7 +75,7 @@ def verify(
         candidate: the graph that must agree.
         rtol: the difference allowed, relative to each channel's scale.
         samples: real inputs by name, used besides the made ones.
-        shapes: shapes of inputs whose dynamic axes (other than the first) should not be 32.
+        shapes: whole shapes of inputs whose dynamic axes cannot be 32 and 64.
         seed: of the random inputs.
 
     Raises:
@@ -86,7 +86,7 @@ def verify(
     sides = [_Side(graph, name) for graph, name in ((reference, "the reference"), (candidate, "the candidate"))]
     _same_contract(*sides)
     cases = list(_cases(sides[0], samples, shapes or {}, seed))
-    expected = [[sides[0].run(feeds, optimised=optimised) for optimised in (False, True)] for _, feeds in cases]
+    expected = [[_reference_run(sides[0], feeds, optimised) for optimised in (False, True)] for _, feeds in cases]
     scales = _Scales(run for runs in expected for run in runs)
     results = {name: OutputResult(name, min(scales.largest[name], HUGE)) for name in sides[0].outputs}
     for (label, feeds), runs in zip(cases, expected, strict=True):
@@ -145,6 +145,16 @@ class _Side:
         return dict(zip(self.outputs, values, strict=True))
 
 
+def _reference_run(side: _Side, feeds: Feeds, optimised: bool) -> dict[str, np.ndarray]:
+    try:
+        return side.run(feeds, optimised=optimised)
+    except VerifyError as error:
+        shapes = {name: list(array.shape) for name, array in feeds.items()}
+        raise InputError(
+            f"{error}; it was given {shapes}: give the shape that it takes with --input NAME:SHAPE"
+        ) from error
+
+
 def _same_contract(reference: _Side, candidate: _Side) -> None:
     for kind in ("inputs", "outputs"):
         want, got = getattr(reference, kind), getattr(candidate, kind)
@@ -157,10 +167,11 @@ def _cases(
 ) -> Iterator[tuple[str, Feeds]]:
     random = np.random.default_rng(seed)
     dynamic = any(isinstance(size, str) or size is None for _, shape in side.inputs.values() for size in shape)
-    for batch in BATCHES if dynamic else (1,):
-        sizes = {
-            name: _concrete(name, shape, batch, shapes.get(name), random) for name, (_, shape) in side.inputs.items()
-        }
+    unknown = [name for name in shapes if name not in side.inputs]
+    if unknown:
+        raise InputError(f"there is no input '{unknown[0]}'; the inputs are {', '.join(side.inputs)}")
+    for batch, size in DYNAMIC_SIZES if dynamic else ((1, 1),):
+        sizes = {name: shapes.get(name) or _concrete(shape, batch, size) for name, (_, shape) in side.inputs.items()}
         for label, make in _MAKERS.items():
             yield (
                 f"{label}, batch {batch}",
@@ -173,14 +184,8 @@ def _cases(
         yield "real samples", {name: np.ascontiguousarray(samples[name]) for name in side.inputs}
 
 
-def _concrete(
-    name: str, shape: tuple[Any, ...], batch: int, given: tuple[int, ...] | None, random: np.random.Generator
-) -> tuple[int, ...]:
-    if given is not None:
-        return given
-    return tuple(
-        size if isinstance(size, int) else (batch if axis == 0 else DYNAMIC_SIZE) for axis, size in enumerate(shape)
-    )
+def _concrete(shape: tuple[Any, ...], batch: int, size: int) -> tuple[int, ...]:
+    return tuple(have if isinstance(have, int) else (batch if axis == 0 else size) for axis, have in enumerate(shape))
 
 
 def _normal(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

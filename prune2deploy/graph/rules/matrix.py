@@ -16,6 +16,10 @@ import numpy as np
 from prune2deploy.graph.fact import ONE, Fact, Numbers, digest
 
 
+FAR = 1024.0
+"""An input whose offset is so many times its multiple does not stand for others: its rounding is theirs many times."""
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """One group of a linear layer.
@@ -43,15 +47,16 @@ class Columns:
 def columns(fact: Fact, padded: bool, numbers: Numbers) -> Columns:
     """Return the columns of inputs with these facts (arrays flattened)."""
     number, scale, shift = (part.ravel() for part in (fact.number, fact.scale, fact.shift))
-    if not padded:
-        return Columns(number, scale, shift)
     constant = scale == 0
-    weight = np.where(constant, shift, scale)
     ratio = np.where(constant, 0.0, shift / np.where(constant, 1.0, scale))
+    # What keeps its offset with its function: all of it under padding, and offsets in whose rounding the function drowns.
+    bound = (ratio != 0) & (padded | (np.abs(ratio) > FAR))
     key = np.where(constant, ONE, number)
-    for k in np.flatnonzero(ratio).tolist():
+    for k in np.flatnonzero(bound).tolist():
         key[k] = numbers.intern(("shifted", int(number[k]), float(ratio[k])))
-    return Columns(key, weight, np.zeros_like(weight))
+    weight = np.where(constant & padded, shift, scale)
+    offset = np.where(bound | padded, 0.0, shift)
+    return Columns(key, weight, offset)
 
 
 @dataclass(frozen=True, eq=False)
