@@ -12,6 +12,7 @@ import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import uses_external_data
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import require_file, write_with
@@ -121,10 +122,11 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     _lift_constants(model.graph)
     _remove_passing(model.graph)
     infer_shapes(model)
-    graph = gs.import_onnx(model)
-    graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
-    if any(_foldable(node) for node in graph.nodes):
-        graph.fold_constants(size_threshold=SINGLE_FILE_BYTES)
+    with G_LOGGER.suppress():  # it prints
+        graph = gs.import_onnx(model)
+        graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
+        if any(_foldable(node) for node in graph.nodes):
+            graph.fold_constants(size_threshold=SINGLE_FILE_BYTES)
     remove_dead_nodes(graph)
     sort_nodes(graph)
     return graph
@@ -307,7 +309,8 @@ def sort_nodes(graph: gs.Graph) -> None:
 
 def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
-    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    with G_LOGGER.suppress():
+        model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     del model.graph.value_info[:]
     del model.opset_import[:]
     model.opset_import.extend(like.opset_import)

@@ -123,8 +123,9 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> dict[str, dict[str, list[int]
         rule = analysis.known.rules[node.index]
         if node.index in analysis.liveness.needed and rule is not None:
             rule.drop(node, NodeEdit(analysis, node, target, writer))
-    writer.finish()
+    writer.place_nodes()
     remove_dead_nodes(graph)
+    writer.name_constants()
     return _kept_initializers(analysis)
 
 
@@ -168,15 +169,22 @@ class _Writer:
         for known, constant in versions:
             if known.dtype == array.dtype and np.array_equal(known, array):
                 return constant
-        name = wanted if not versions else self.fresh(wanted)
-        versions.append((array, gs.Constant(name, array)))
+        versions.append((array, gs.Constant(self.fresh(wanted), array)))
         return versions[-1][1]
+
+    def name_constants(self) -> None:
+        """Give the first version of each constant its old name, unless the old constant itself is still read."""
+        read = {tensor.name for node in self._graph.nodes for tensor in node.inputs}
+        for wanted, versions in self._shared.items():
+            used = [constant for _, constant in versions if constant.outputs]
+            if used and wanted not in read:
+                used[0].name = wanted
 
     def insert(self, node: gs.Node, near: gs.Node, *, after: bool = False) -> None:
         """Remember a new node beside an old one."""
         (self._after if after else self._before).setdefault(id(near), []).append(node)
 
-    def finish(self) -> None:
+    def place_nodes(self) -> None:
         """Put the new nodes in their places."""
         self._graph.nodes = [
             new

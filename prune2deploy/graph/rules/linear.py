@@ -163,9 +163,13 @@ def linear_rule(read: Reader, write: Writer, roles: Callable[[Node], list[tuple[
 
     def ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
         linear = _must(read(node))
+        operand = node.inputs[linear.slot]
+        for axis in range(operand.rank or 0):  # what it takes as space or batch, another may take as channels
+            if axis != linear.in_axis:
+                yield freeze(positions.ids(operand.name, axis))
         if linear.groups == 1:
             return
-        into = positions.ids(node.inputs[linear.slot].name, linear.in_axis)
+        into = positions.ids(operand.name, linear.in_axis)
         out = positions.ids(node.outputs[0].name, linear.out_axis)
         if into is None or out is None:
             yield freeze(out if into is None else into)
@@ -344,7 +348,11 @@ def _work(node: Node, linear: Linear) -> Work | None:
 def _gemm_roles(node: Node) -> list[tuple[int, int, str]]:
     rows = 0 if node.attribute("transB", 0) else 1
     bias = node.constant(2)
-    return [(1, rows, "filter"), (1, 1 - rows, "reader"), (2, 0 if bias is None else bias.ndim - 1, "bias")]
+    return [
+        (1, rows, "filter"),
+        (1, 1 - rows, "reader"),
+        (2, 0 if bias is None or not bias.ndim else bias.ndim - 1, "bias"),
+    ]
 
 
 def _matmul_roles(node: Node) -> list[tuple[int, int, str]]:

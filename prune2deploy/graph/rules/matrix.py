@@ -15,7 +15,6 @@ import numpy as np
 
 from prune2deploy.graph.fact import ONE, Fact, Numbers, digest
 
-
 FAR = 1024.0
 """An input whose offset is so many times its multiple does not stand for others: its rounding is theirs many times."""
 
@@ -49,7 +48,7 @@ def columns(fact: Fact, padded: bool, numbers: Numbers) -> Columns:
     number, scale, shift = (part.ravel() for part in (fact.number, fact.scale, fact.shift))
     constant = scale == 0
     ratio = np.where(constant, 0.0, shift / np.where(constant, 1.0, scale))
-    # What keeps its offset with its function: all of it under padding, and offsets in whose rounding the function drowns.
+    # An offset stays with its function under padding, and where the function would drown in its rounding.
     bound = (ratio != 0) & (padded | (np.abs(ratio) > FAR))
     key = np.where(constant, ONE, number)
     for k in np.flatnonzero(bound).tolist():
