@@ -28,15 +28,20 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        publish(temporary, path)
     except OSError as error:
         raise InputError(
             f"cannot write '{path}': {one_line(error)}; free some space or choose another place"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished temporary file its final name, on disk and with the permissions of a new file."""
+    _sync(temporary)
+    temporary.chmod(0o666 & ~_umask())
+    temporary.replace(path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

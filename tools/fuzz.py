@@ -49,7 +49,9 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-sharing", action="store_true", help="give every node weights of its own")
-    parser.add_argument("--shrink", action="store_true", help="make a failing graph as small as possible; takes minutes")
+    parser.add_argument(
+        "--shrink", action="store_true", help="make a failing graph as small as possible; takes minutes"
+    )
     parser.add_argument("--twice", action="store_true", help="fail where a second run removes more")
     arguments = parser.parse_args()
     counts: Counter[str] = Counter()

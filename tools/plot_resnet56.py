@@ -23,8 +23,8 @@ def main() -> None:
     ratios = {entry["arm"]: entry for entry in bench["ratios"]}
     control = bench["control"]
 
-    labels, macs, times, errors, notes = ["dense"], [1.0], [1.0], [(0.0, 0.0)], ["93.39 % top-1"]
-    notes[0] = f"{100 * document['rows'][0]['accuracy']['dense']:.2f} %"
+    labels, macs, times, errors, notes = ["dense"], [1.0], [1.0], [(0.0, 0.0)], []
+    notes.append(f"{100 * document['rows'][0]['accuracy']['dense']:.2f} %")
     for row in document["rows"]:
         ratio = ratios[f"round-to-{row['round_to']}"]
         labels.append(f"--round-to {row['round_to']}")
@@ -37,9 +37,8 @@ def main() -> None:
     places = range(len(labels))
     axes.bar([p - 0.2 for p in places], macs, 0.38, color="#c3cadb", label="MACs left")
     axes.bar([p + 0.2 for p in places], times, 0.38, color="#2463eb", label="time left (median of paired runs, 95 %)")
-    axes.errorbar(
-        [p + 0.2 for p in places], times, yerr=list(zip(*errors, strict=True)), fmt="none", ecolor="#111", capsize=3, lw=1
-    )
+    bars = list(zip(*errors, strict=True))
+    axes.errorbar([p + 0.2 for p in places], times, yerr=bars, fmt="none", ecolor="#111", capsize=3, lw=1)
     axes.axhspan(control["low"], control["high"], color="#e0a800", alpha=0.35, label="A/A control", zorder=0)
     for place, note, height in zip(places, notes, map(max, macs, times), strict=True):
         axes.annotate(note, (place, height + 0.04), ha="center", fontsize=8, color="#333")
@@ -47,11 +46,8 @@ def main() -> None:
     axes.set_ylim(0, max([*macs, *times]) * 1.3)
     axes.set_ylabel("share of the dense network")
     epochs = document["rows"][0]["finetune_epochs"]
-    axes.set_title(
-        f"ResNet-56, CIFAR-10, half of the MACs: the time depends on the widths\n(top-1 above the bars; {epochs} epoch of "
-        "fine-tuning)",
-        fontsize=10,
-    )
+    title = "ResNet-56, CIFAR-10, half of the MACs: the time depends on the widths"
+    axes.set_title(f"{title}\n(top-1 above the bars; {epochs} epoch of fine-tuning)", fontsize=10)
     axes.legend(fontsize=8, ncols=3, loc="upper center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -60,7 +60,8 @@ def _fits(found: list[Fact], node: Node) -> bool:
     for fact, operand in zip(found, node.outputs, strict=False):
         if operand.shape is None or len(operand.shape) != len(fact.shape):
             return False
-        if any(size > 1 and have != size for size, have in zip(fact.shape, operand.shape, strict=True)):
+        sizes = zip(fact.shape, operand.shape, strict=True)
+        if any(size > 1 and isinstance(have, int) and have != size for size, have in sizes):
             return False
         if not (np.isfinite(fact.scale).all() and np.isfinite(fact.shift).all()):
             return False

@@ -68,8 +68,24 @@ def _sort_positions(tb: Tables, known: Known) -> _Sorting:
                 constraints += _frozen(name, known, positions)
         else:
             constraints += node_constraints(node, known, positions, frozenset(node.value_slots))
+    constraints += _shared_parameters(tb, known, positions)
     class_of = classes(positions.count, constraints, also_implied=True)
     return _by_signature(positions, class_of)
+
+
+def _shared_parameters(tb: Tables, known: Known, positions: Positions) -> list[Constraint]:
+    """Tie the positions that follow one parameter in several nodes: its mask is one."""
+    first: dict[tuple[str, int], Ids] = {}
+    found: list[Constraint] = []
+    for node in tb.nodes:
+        rule = known.rules[node.index]
+        for part in [] if rule is None else rule.parts(node, known.view):
+            ids = positions.ids(part.axis.value, part.axis.axis)
+            own = np.full(len(part.of), FROZEN) if ids is None else ids[part.of]
+            other = first.setdefault((node.inputs[part.slot].name, part.constant_axis), own)
+            if other is not own:
+                found.append(Equal(other, own))
+    return found
 
 
 def _frozen(value: str, known: Known, positions: Positions) -> list[Constraint]:

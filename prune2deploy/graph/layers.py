@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from prune2deploy.graph.keep import Analysis
 from prune2deploy.graph.node import Node
-from prune2deploy.graph.rules.base import Axis, Work
+from prune2deploy.graph.rules.base import Axis, Part, Work
 
 When = Literal["before", "after"]
 
@@ -46,9 +47,12 @@ class Totals:
     unknown_macs: tuple[str, ...]
 
 
-def layer_rows(analysis: Analysis) -> list[LayerRow]:
-    """Return one row per convolution, linear layer and norm, in graph order; a layer that is gone has width 0."""
-    return [row for node in analysis.tables.nodes if (row := _row(node, analysis)) is not None]
+def layer_rows(analysis: Analysis, written: Mapping[tuple[int, int], int] | None = None) -> list[LayerRow]:
+    """Return one row per convolution, linear layer and norm, in graph order; a layer that is gone has width 0.
+
+    ``written`` are the sizes of the constants that a rewrite wrote, by node index and slot (it may add a bias).
+    """
+    return [row for node in analysis.tables.nodes if (row := _row(node, analysis, written or {})) is not None]
 
 
 def totals(rows: list[LayerRow], when: When) -> Totals:
@@ -61,7 +65,7 @@ def totals(rows: list[LayerRow], when: When) -> Totals:
     )
 
 
-def _row(node: Node, analysis: Analysis) -> LayerRow | None:
+def _row(node: Node, analysis: Analysis, written: Mapping[tuple[int, int], int]) -> LayerRow | None:
     rule = analysis.known.rules[node.index]
     if rule is None or rule.kind not in ("linear", "norm"):
         return None
@@ -70,13 +74,12 @@ def _row(node: Node, analysis: Analysis) -> LayerRow | None:
     counted = [part for part in rule.parts(node, analysis.known.view) if part.role not in ("mean", "var")]
     slots = sorted({part.slot for part in counted} | ({1, 2} & set(range(len(node.inputs)))))
     arrays = {slot: array for slot in slots if (array := node.constant(slot)) is not None}
-    parameters_after = 0
-    for slot, array in arrays.items():
-        sizes = list(array.shape)
-        for part in counted:
-            if part.slot == slot:
-                sizes[part.constant_axis] = _kept_of(part.of, part.axis, analysis)
-        parameters_after += int(np.prod(sizes, dtype=np.int64))
+    # A bias that the rewrite added; (a norm's statistics are written too, but are not counted)
+    new = [slot for slot in (2,) if rule.kind == "linear" and (node.index, slot) in written and slot not in arrays]
+    parameters_after = sum(
+        written.get((node.index, slot), 0) or _parameters_kept(slot, array, counted, analysis)
+        for slot, array in arrays.items()
+    ) + sum(written[node.index, slot] for slot in new)
     width = _width(node, work, analysis)
     return LayerRow(
         name=layer_name(node),
@@ -89,6 +92,14 @@ def _row(node: Node, analysis: Analysis) -> LayerRow | None:
         parameters_before=sum(array.size for array in arrays.values()),
         parameters_after=parameters_after if alive else 0,
     )
+
+
+def _parameters_kept(slot: int, array: np.ndarray, parts: list[Part], analysis: Analysis) -> int:
+    sizes = list(array.shape)
+    for part in parts:
+        if part.slot == slot:
+            sizes[part.constant_axis] = _kept_of(part.of, part.axis, analysis)
+    return int(np.prod(sizes, dtype=np.int64))
 
 
 def layer_name(node: Node) -> str:

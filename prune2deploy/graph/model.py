@@ -15,7 +15,7 @@ from onnx.external_data_helper import uses_external_data
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.errors import InputError, one_line
-from prune2deploy.files import require_file, write_with
+from prune2deploy.files import publish, require_file, write_with
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,11 @@ SINGLE_FILE_BYTES = int(1.5e9)
 
 SMALL_CONSTANT = 1024
 """Constants of up to so many elements may be shapes, axes or indices, whose values shape inference needs."""
+
+RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+"""Operators that give other values each time, constant inputs or not."""
 
 MIN_OPSET, MAX_OPSET = 9, 23
 
@@ -37,7 +42,7 @@ def load_model(path: Path) -> onnx.ModelProto:
     """
     require_file(path, "an ONNX file")
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"'{path}' is not an ONNX file or is truncated ({one_line(error, 120)}); export it again"
@@ -100,7 +105,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
                 if entry.key == "location":
                     entry.value = weights.name
         temporary.write_bytes(model.SerializeToString(deterministic=True))
-        temporary_weights.replace(weights)
+        publish(temporary_weights, weights)
 
     write_with(path, write)
 
@@ -126,7 +131,7 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
         graph = gs.import_onnx(model)
         graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
         if any(_foldable(node) for node in graph.nodes):
-            graph.fold_constants(size_threshold=SINGLE_FILE_BYTES)
+            graph.fold_constants(size_threshold=SINGLE_FILE_BYTES, should_exclude_node=lambda node: node.op in RANDOM)
     remove_dead_nodes(graph)
     sort_nodes(graph)
     return graph
@@ -283,27 +288,25 @@ def _all_inputs(node: gs.Node) -> Iterable[gs.Tensor]:
 def sort_nodes(graph: gs.Graph) -> None:
     """Sort the nodes topologically, keeping their order where it is already right."""
     made_by = {id(tensor): node for node in graph.nodes for tensor in node.outputs}
-    done: set[int] = set()
+    state: dict[int, str] = {}
     order: list[gs.Node] = []
     for root in graph.nodes:
-        stack = [root]
+        stack = [(root, iter(list(_all_inputs(root))))] if id(root) not in state else []
         while stack:
-            node = stack[-1]
-            waiting = (
-                []
-                if id(node) in done
-                else [made_by[id(tensor)] for tensor in _all_inputs(node) if id(tensor) in made_by]
-            )
-            waiting = [other for other in waiting if id(other) not in done and other is not node]
-            if waiting:
-                stack += waiting
-                if len(stack) > 4 * len(graph.nodes) + 16:
+            node, inputs = stack[-1]
+            state[id(node)] = "open"
+            for tensor in inputs:
+                maker = made_by.get(id(tensor))
+                if maker is None or state.get(id(maker)) == "done":
+                    continue
+                if state.get(id(maker)) == "open":
                     raise InputError("the graph has a cycle, which ONNX does not allow; export it again")
-                continue
-            stack.pop()
-            if id(node) not in done:
-                done.add(id(node))
+                stack.append((maker, iter(list(_all_inputs(maker)))))
+                break
+            else:
+                state[id(node)] = "done"
                 order.append(node)
+                stack.pop()
     graph.nodes = order
 
 

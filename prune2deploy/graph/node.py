@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.graph.fact import Shape
 
-FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+FLOATS = frozenset({"float16", "float32", "float64"})
+"""Types that rules cover; onnx-graphsurgeon widens bfloat16 weights, so their storage precision is not at hand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +91,12 @@ class Tables:
 
 def tables(graph: gs.Graph) -> Tables:
     """Return the analysis tables of a topologically sorted graph; node i of the table is node i of the graph."""
-    return Tables(
-        nodes=tuple(_node(node, index, graph.opset) for index, node in enumerate(graph.nodes)),
-        inputs=tuple(_operand(tensor) for tensor in graph.inputs),
-        outputs=tuple(_operand(tensor) for tensor in graph.outputs),
-    )
+    with G_LOGGER.suppress():  # it prints
+        return Tables(
+            nodes=tuple(_node(node, index, graph.opset) for index, node in enumerate(graph.nodes)),
+            inputs=tuple(_operand(tensor) for tensor in graph.inputs),
+            outputs=tuple(_operand(tensor) for tensor in graph.outputs),
+        )
 
 
 def _node(node: gs.Node, index: int, opset: int) -> Node:

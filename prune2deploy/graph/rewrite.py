@@ -58,7 +58,7 @@ class Slimmed:
 
 
 def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimmed:
-    """Return the model without every channel that provably does not matter; the given model is left as it is.
+    """Return the model without every channel that provably does not matter; the given one is brought to normal form.
 
     With ``round_to`` dead channels are kept so that convolution and linear outputs have multiples of it.
     """
@@ -68,12 +68,14 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     analysis = analyse(tables(graph), round_to=round_to)
     analysed = time.perf_counter()
     kept: dict[str, dict[str, dict[str, list[int]]]] = {"values": _kept_values(analysis), "initializers": {}}
+    sizes: dict[tuple[int, int], int] = {}
     if analysis.keep.removed or analysis.cuts() or len(analysis.liveness.needed) < len(analysis.tables.nodes):
-        kept["initializers"] = _apply(graph, analysis)
+        sizes = _apply(graph, analysis)
+        kept["initializers"] = _kept_initializers(analysis)
     slim = to_model(graph, model)
     _stamp(slim)
     rewritten = time.perf_counter()
-    layers = layer_rows(analysis)
+    layers = layer_rows(analysis, sizes)
     return Slimmed(
         model=slim,
         analysis=analysis,
@@ -116,8 +118,8 @@ def _kept_values(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
     return dict(sorted(table.items()))
 
 
-def _apply(graph: gs.Graph, analysis: Analysis) -> dict[str, dict[str, list[int]]]:
-    """Apply every live node's ``drop``; return the kept old indices of the initializers that became smaller."""
+def _apply(graph: gs.Graph, analysis: Analysis) -> dict[tuple[int, int], int]:
+    """Apply every live node's ``drop``; return the new size of each constant input that was written."""
     writer = _Writer(graph)
     for node, target in zip(analysis.tables.nodes, list(graph.nodes), strict=True):
         rule = analysis.known.rules[node.index]
@@ -126,10 +128,11 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> dict[str, dict[str, list[int]
     writer.place_nodes()
     remove_dead_nodes(graph)
     writer.name_constants()
-    return _kept_initializers(analysis)
+    return writer.sizes
 
 
 def _kept_initializers(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
+    """Return the kept old indices of the initializers that became smaller, by axis."""
     table: dict[str, dict[str, list[int]]] = {}
     for node in analysis.tables.nodes:
         rule = analysis.known.rules[node.index]
@@ -139,7 +142,7 @@ def _kept_initializers(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
             indices = analysis.keep.indices(part.axis.value, part.axis.axis)
             if indices is None:
                 continue
-            chosen = np.flatnonzero(np.isin(part.of, indices)).tolist()
+            chosen = np.flatnonzero(analysis.keep.kept[part.axis.value, part.axis.axis][part.of]).tolist()
             table.setdefault(node.inputs[part.slot].name, {})[str(part.constant_axis)] = chosen
     return dict(sorted(table.items()))
 
@@ -153,6 +156,7 @@ class _Writer:
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._shared: dict[str, list[tuple[np.ndarray, gs.Constant]]] = {}
+        self.sizes: dict[tuple[int, int], int] = {}
 
     def fresh(self, wanted: str) -> str:
         """Return a tensor name that is not in use."""
@@ -226,6 +230,7 @@ class NodeEdit:
         else:
             name = self._writer.fresh(f"{self._node.outputs[0].name}_input{slot}")
         inputs[slot] = self._writer.constant(name, array)
+        self._writer.sizes[self._node.index, slot] = array.size
 
     def set_attribute(self, name: str, value: object) -> None:
         """Set an attribute, unless it has this value already (given or by default)."""

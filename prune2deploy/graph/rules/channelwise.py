@@ -100,7 +100,8 @@ def _leaky(alpha: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _identity_facts(node: Node, view: View) -> list[Fact] | None:
-    if len(node.outputs) > 1 or not node.inputs[0].is_value or node.attribute("training_mode", 0):
+    mode = node.constant(2)  # of a Dropout
+    if len(node.outputs) > 1 or (node.input(2) is not None and (mode is None or mode.any())):
         return None
     return [view.of(node.inputs[0])]
 

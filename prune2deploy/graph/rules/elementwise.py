@@ -125,12 +125,15 @@ def _covers(operand: Operand, output: Operand) -> bool:
 def _cut_slots(node: Node, aligned: Aligned, live: np.ndarray) -> set[int]:
     """Return the computed operand that is constant on all live positions and can be replaced by that constant."""
     values = node.value_slots
-    if len(values) < 2 or not live.any():
+    covering = [slot for slot in values if _covers(node.inputs[1 - slot], node.outputs[0])]
+    if len(values) < 2 or not covering:
         return set()
+    if not live.any():  # only the shape matters, which the other one has
+        return {covering[-1]}
     constant = [bool(fact.constant[live].all()) for fact in aligned.facts]
     if all(constant):  # the readers will see to it
         return set()
-    return {slot for slot in values if constant[slot] and _covers(node.inputs[1 - slot], node.outputs[0])}
+    return {slot for slot in covering if constant[slot]}
 
 
 def _own_layout(mask: np.ndarray, slot: int, node: Node, aligned: Aligned, view: View) -> np.ndarray:
@@ -154,10 +157,17 @@ def elementwise(combine: Combine, *, absorbing_zero: bool) -> Rule:
             return None
         a, b = aligned.facts
         fact = combine(node, a, b, view)
-        if not all(_keeps_domain(node, slot) for slot in node.value_slots):
-            # Broadcasting over a collapsed axis: what would pass through is a function of more coordinates now.
+        grown = (b.constant & ~a.constant & (not _keeps_domain(node, 0))) | (
+            a.constant & ~b.constant & (not _keeps_domain(node, 1))
+        )
+        if grown.any():  # what passes through is broadcast: it is a function of more coordinates now
             number = view.numbers.of_facts((node.op_type, *(operand.shape for operand in node.inputs)), a, b)
-            fact = make(number, np.where(fact.constant, 0.0, 1.0), np.where(fact.constant, fact.shift, 0.0))
+            grown = np.asarray(grown & ~fact.constant)
+            fact = make(
+                np.where(grown, number, fact.number),
+                np.where(grown, 1.0, fact.scale),
+                np.where(grown, 0.0, fact.shift),
+            )
         return [fact]
 
     def live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
@@ -172,7 +182,9 @@ def elementwise(combine: Combine, *, absorbing_zero: bool) -> Rule:
             mask: np.ndarray = outs[0]
             if absorbing_zero:
                 other = aligned.facts[1 - slot]
-                mask = np.asarray(mask & ~(other.constant & (other.shift == 0)))
+                zero = [fact.constant & (fact.shift == 0) for fact in (aligned.facts[slot], other)]
+                # A zero may itself be a difference that cancels: where both are, one of them is kept right.
+                mask = np.asarray(mask & ~(zero[1] & ~(zero[0] if slot == 0 else False)))
             demands[slot] = Demand(_own_layout(mask, slot, node, aligned, view))
         return demands
 
@@ -216,7 +228,7 @@ def elementwise(combine: Combine, *, absorbing_zero: bool) -> Rule:
 
 
 def _keeps_domain(node: Node, slot: int) -> bool:
-    """Whether the other operand cannot broadcast this computed one along a collapsed axis."""
+    """Whether the other operand cannot broadcast this one along a collapsed axis."""
     operand, other = node.inputs[slot], node.inputs[1 - slot]
     if other.array is None:
         return _covers(operand, node.outputs[0])

@@ -150,11 +150,16 @@ def linear_rule(read: Reader, write: Writer, roles: Callable[[Node], list[tuple[
         linear = read(node)
         if linear is None or not (np.isfinite(linear.weight).all() and np.isfinite(linear.bias).all()):
             return None
-        signature = (*_tuple(linear.signature), node.inputs[linear.slot].shape, linear.weight.dtype.str)
+        shape = node.inputs[linear.slot].shape or ()
+        if len(shape) <= linear.in_axis or shape[linear.in_axis] != linear.in_size:
+            return None  # an inferred size that contradicts the weights: nothing can be said of this graph
+        signature = (*_tuple(linear.signature), shape, linear.weight.dtype.str)
         number, scale, shift = _facts(node, linear, view, signature)
-        shape = [1] * linear.out_rank
-        shape[linear.out_axis] = len(linear.weight)
-        return [make(*(part.reshape(shape) for part in (number, scale, shift)))]
+        if not np.isfinite(shift.astype(linear.weight.dtype)).all():
+            return None  # what would be folded into the bias is beyond its precision
+        layout = [1] * linear.out_rank
+        layout[linear.out_axis] = len(linear.weight)
+        return [make(*(part.reshape(layout) for part in (number, scale, shift)))]
 
     def live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
         linear = _must(read(node))

@@ -92,6 +92,9 @@ def merge(matrix: Matrix, cols: Columns) -> Merged:
     if len(key) < len(active):
         total = np.zeros((len(key), weight.shape[0], weight.shape[2]))
         np.add.at(total, inverse, (weight.astype(np.float64) * scales[None, :, None]).transpose(1, 0, 2))
+        if np.abs(total).max(initial=0.0) > np.finfo(matrix.weight.dtype).max:
+            alone = np.where(cols.weight != 0, -1 - np.arange(len(cols.key)), cols.key)
+            return merge(matrix, Columns(alone, cols.weight, cols.offset))  # the sums overflow: no two are merged
         weight = total.transpose(1, 0, 2).astype(matrix.weight.dtype)
     elif (scales != 1).any():
         weight = (weight.astype(np.float64) * scales[None, :, None]).astype(matrix.weight.dtype)
@@ -111,16 +114,17 @@ def row_facts(merged: Merged, signature: Hashable, numbers: Numbers) -> Fact:
     rows, classes = merged.nonzero.shape
     number = np.zeros(rows, dtype=np.int64)
     mark = numbers.intern(("linear", signature))
-    patterns, pattern_of = np.unique(np.packbits(merged.nonzero, axis=1), axis=0, return_inverse=True)
-    for index in range(len(patterns)):
-        members = np.flatnonzero(pattern_of.ravel() == index)
+    by_pattern: dict[bytes, list[int]] = {}
+    for row, pattern in enumerate(np.packbits(merged.nonzero, axis=1)):
+        by_pattern.setdefault(pattern.tobytes(), []).append(row)
+    for members in by_pattern.values():
         read = np.flatnonzero(merged.nonzero[members[0]])
         if not len(read):
             continue
         order = read[np.argsort(merged.key[read], kind="stable")]
         inputs = digest(merged.key[order])
         whole = len(order) == classes and (order == np.arange(classes)).all()
-        for row in members.tolist():
+        for row in members:
             data = merged.weight[row] if whole else merged.weight[row, order]
             key = hashlib.blake2b(np.ascontiguousarray(data).view(np.uint8).data, digest_size=16).digest()
             number[row] = numbers.intern((mark, inputs, key))

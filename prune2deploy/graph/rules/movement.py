@@ -426,7 +426,21 @@ def _unsqueeze_axes(node: Node, rank: int) -> list[int | None] | None:
     return [None if axis in new else next(old) for axis in range(total)]
 
 
-def renaming_rule(read: Callable[[Node, int], list[int | None] | None]) -> Rule:
+def _drop_squeeze(node: Node, edit: Edit) -> None:
+    """Say which axes go where the operator took all of size 1: the kept channels may be one by now."""
+    shape = node.inputs[0].shape
+    if _listed_axes(node) is not None or shape is None:
+        return
+    axes = [axis for axis, size in enumerate(shape) if size == 1]
+    if node.opset < 13:
+        edit.set_attribute("axes", axes)
+    else:
+        edit.set_constant(1, np.array(axes, dtype=np.int64))
+
+
+def renaming_rule(
+    read: Callable[[Node, int], list[int | None] | None], drop: Callable[[Node, Edit], None] = nothing_to_drop
+) -> Rule:
     """Return the rule of an operator that permutes, removes or adds axes; ``read`` gives each output axis's source."""
 
     def facts(node: Node, view: View) -> list[Fact] | None:
@@ -457,7 +471,7 @@ def renaming_rule(read: Callable[[Node, int], list[int | None] | None]) -> Rule:
             if axis is not None:
                 yield from tie_axes(positions, (node.outputs[0].name, place), (node.inputs[0].name, axis))
 
-    return Rule(facts, live, ties, nothing_to_drop, "movement")
+    return Rule(facts, live, ties, drop, "movement")
 
 
 def _renamed(array: np.ndarray, axes: list[int | None]) -> np.ndarray:
@@ -468,5 +482,5 @@ def _renamed(array: np.ndarray, axes: list[int | None]) -> np.ndarray:
 
 
 TRANSPOSE = renaming_rule(_transpose_axes)
-SQUEEZE = renaming_rule(_squeeze_axes)
+SQUEEZE = renaming_rule(_squeeze_axes, _drop_squeeze)
 UNSQUEEZE = renaming_rule(_unsqueeze_axes)

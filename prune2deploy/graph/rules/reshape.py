@@ -63,7 +63,15 @@ def _grow(before: Shape, after: Shape, i: int, j: int) -> tuple[int, int] | None
 
 
 def _target(node: Node) -> Shape | None:
-    return node.outputs[0].shape
+    """Return the output's shape; its one open size takes the name of the input's where it can be nothing else."""
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    if before is None or after is None:
+        return None
+    opens = [[size for size in shape if not isinstance(size, int)] for shape in (before, after)]
+    rests = [int(np.prod([size for size in shape if isinstance(size, int)])) for shape in (before, after)]
+    if len(opens[0]) == len(opens[1]) == 1 and rests[0] == rests[1] > 0:
+        return tuple(size if isinstance(size, int) else opens[0][0] for size in after)
+    return after
 
 
 def _blocks(node: Node, view: View) -> list[Block] | None:
@@ -150,7 +158,7 @@ def _axes(positions: Positions, value: str, shape: Shape | None, axes: list[int]
 def _drop(node: Node, edit: Edit) -> None:
     """Rewrite the target shape; 0 copies an axis at the same place, -1 is left for one that is dynamic."""
     output = node.outputs[0]
-    shape = output.shape
+    shape = _target(node)
     assert shape is not None
     kept = [edit.kept(output, axis) for axis in range(len(shape))]
     if all(indices is None for indices in kept) or node.op_type == "Flatten":

@@ -1,0 +1,174 @@
+"""Verify catches what differs, wherever it hides, and knows nothing of the rules."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from onnx.helper import make_node as node
+
+import prune2deploy.graph.verify as verify_module
+from graph.small import copy_of, graph, weights
+from prune2deploy.errors import InputError, VerifyError
+from prune2deploy.graph.verify import verify
+
+IMAGE = ["N", 3, 6, 6]
+
+
+def padded(**changes: np.ndarray) -> onnx.ModelProto:
+    """Return a padded convolution with a bias behind a BatchNormalization-like scale."""
+    constants = {"s": weights(3, 1, 1, seed=2), "w": weights(4, 3, 3, 3), "b": weights(4, seed=1)} | changes
+    nodes = [node("Mul", ["x", "s"], ["a"]), node("Conv", ["a", "w", "b"], ["y"], pads=[1] * 4)]
+    return graph(nodes, constants, {"x": IMAGE}, {"y": ["N", 4, 6, 6]})
+
+
+def data(model: onnx.ModelProto) -> bytes:
+    return bytes(model.SerializeToString())
+
+
+def test_a_graph_agrees_with_itself() -> None:
+    result = verify(data(padded()), data(padded()))
+    assert [output.difference for output in result.outputs] == [0.0]
+    assert result.cases >= 3
+    assert result.to_json()["rtol"] == 1e-4
+
+
+def test_a_graph_agrees_with_itself_up_to_the_order_of_its_sums() -> None:
+    order = np.random.default_rng(0).permutation(64)
+    w, v = weights(64, 3, 3, 3), weights(8, 64, 3, 3)
+    nodes = [node("Conv", ["x", "w"], ["a"]), node("Conv", ["a", "v"], ["y"])]
+    models = [
+        graph(nodes, {"w": w[o], "v": v[:, o]}, {"x": IMAGE}, {"y": ["N", 8, 2, 2]}) for o in (np.arange(64), order)
+    ]
+    verify(data(models[0]), data(models[1]))
+
+
+@pytest.mark.parametrize("channel", range(4))
+def test_a_wrong_bias_is_caught(channel: int) -> None:
+    bias = weights(4, seed=1)
+    bias[channel] += 0.01
+    with pytest.raises(VerifyError, match="output 'y' differs by"):
+        verify(data(padded()), data(padded(b=bias)))
+
+
+def test_an_error_on_the_border_alone_is_caught() -> None:
+    # A constant channel of 1 under zero padding, once read and once folded into the bias: equal but on the border.
+    w = weights(2, 1, 3, 3)
+    nodes = [node("Conv", ["x", "zero", "one"], ["a"]), node("Conv", ["a", "w", "b"], ["y"], pads=[1] * 4)]
+    zero = {"zero": np.zeros((1, 3, 1, 1), np.float32), "one": np.ones(1, np.float32)}
+    right = graph(nodes, zero | {"w": w, "b": np.zeros(2, np.float32)}, {"x": IMAGE}, {"y": ["N", 2, 6, 6]})
+    folded = zero | {"w": np.zeros_like(w), "b": w.sum(axis=(1, 2, 3))}
+    wrong = graph(nodes, folded, {"x": IMAGE}, {"y": ["N", 2, 6, 6]})
+    with pytest.raises(VerifyError):
+        verify(data(right), data(wrong))
+
+
+def test_an_error_in_a_small_channel_beside_a_large_one_is_caught() -> None:
+    w = weights(4, 3, 3, 3)
+    w[0] *= 300
+    w[1] *= 0.5
+    wrong = w.copy()
+    wrong[1] *= 1.01
+    with pytest.raises(VerifyError):
+        verify(data(padded(w=w)), data(padded(w=wrong)))
+
+
+def test_an_error_in_a_small_column_of_a_row_of_boxes_is_caught() -> None:
+    scale = np.array([300, 300, 300, 300, 0.5], np.float32)
+    nodes = [node("Reshape", ["x", "shape"], ["rows"]), node("Mul", ["rows", "s"], ["y"])]
+    wrong = scale * np.array([1, 1, 1, 1, 1.01], np.float32)
+    models = [
+        graph(nodes, {"shape": np.array([0, 12, 5]), "s": s}, {"x": ["N", 60]}, {"y": ["N", 12, 5]})
+        for s in (scale, wrong.astype(np.float32))
+    ]
+    with pytest.raises(VerifyError):
+        verify(data(models[0]), data(models[1]))
+
+
+def test_an_error_in_one_of_two_outputs_is_caught_and_named() -> None:
+    nodes = [node("Relu", ["x"], ["fine"]), node("Mul", ["x", "s"], ["bad"])]
+    models = [graph(nodes, {"s": np.float32(s)}, {"x": IMAGE}, {"fine": IMAGE, "bad": IMAGE}) for s in (1.0, 1.001)]
+    with pytest.raises(VerifyError, match="'bad'"):
+        verify(data(models[0]), data(models[1]))
+
+
+def test_a_not_a_number_where_there_was_a_number_is_caught() -> None:
+    models = [
+        graph([node("Mul", ["x", "s"], ["y"])], {"s": np.float32(s)}, {"x": IMAGE}, {"y": IMAGE}) for s in (1, np.nan)
+    ]
+    with pytest.raises(VerifyError):
+        verify(data(models[0]), data(models[1]))
+    verify(data(models[1]), data(models[1]))
+
+
+def test_outputs_that_are_zero_must_stay_zero() -> None:
+    nodes = [node("Mul", ["x", "s"], ["y"])]
+    models = [graph(nodes, {"s": np.float32(s)}, {"x": IMAGE}, {"y": IMAGE}) for s in (0, 1e-3)]
+    with pytest.raises(VerifyError):
+        verify(data(models[0]), data(models[1]))
+
+
+def test_an_error_that_only_a_larger_batch_shows_is_caught() -> None:
+    # Takes the first sample's mean in place of each sample's own: right for a batch of 1.
+    own = [node("ReduceMean", ["x", "axes"], ["m"]), node("Sub", ["x", "m"], ["y"])]
+    first = [
+        node("Slice", ["x", "from", "to", "batch"], ["one"]),
+        node("ReduceMean", ["one", "axes"], ["m"]),
+        node("Sub", ["x", "m"], ["y"]),
+    ]
+    constants = {"axes": np.array([1, 2, 3])}
+    slices = {"from": np.array([0]), "to": np.array([1]), "batch": np.array([0])}
+    right = graph(own, constants, {"x": IMAGE}, {"y": IMAGE})
+    with pytest.raises(VerifyError, match="batch 3"):
+        verify(data(right), data(graph(first, constants | slices, {"x": IMAGE}, {"y": IMAGE})))
+
+
+def test_an_extra_output_another_shape_or_another_name_is_caught() -> None:
+    base = [node("Relu", ["x"], ["y"])]
+    right = data(graph(base, {}, {"x": IMAGE}, {"y": IMAGE}))
+    extra = graph([*base, node("Neg", ["x"], ["z"])], {}, {"x": IMAGE}, {"y": IMAGE, "z": IMAGE})
+    static = graph(base, {}, {"x": [1, 3, 6, 6]}, {"y": [1, 3, 6, 6]})
+    renamed = graph([node("Relu", ["x"], ["q"])], {}, {"x": IMAGE}, {"q": IMAGE})
+    other_input = graph([node("Relu", ["i"], ["y"])], {}, {"i": IMAGE}, {"y": IMAGE})
+    for wrong in (extra, static, renamed, other_input):
+        with pytest.raises(VerifyError, match=r"the (inputs|outputs) differ"):
+            verify(right, data(wrong))
+
+
+def test_a_graph_that_the_checker_or_the_runtime_refuses_is_caught() -> None:
+    right = padded()
+    invalid = copy_of(right)
+    invalid.graph.node[1].input[0] = "nowhere"
+    with pytest.raises(VerifyError, match=r"not a valid ONNX graph|refuses"):
+        verify(data(right), data(invalid))
+    mismatched = copy_of(right)
+    mismatched.graph.initializer[1].CopyFrom(numpy_helper.from_array(weights(4, 5, 3, 3), "w"))
+    with pytest.raises(VerifyError, match=r"ONNX Runtime|not a valid"):
+        verify(data(right), data(mismatched))
+
+
+def test_real_samples_are_run_and_must_be_complete() -> None:
+    model = padded()
+    samples = {"x": np.random.default_rng(0).standard_normal((5, 3, 6, 6)).astype(np.float32)}
+    assert verify(data(model), data(model), samples=samples).cases == verify(data(model), data(model)).cases + 1
+    with pytest.raises(InputError, match="lack the input 'x'"):
+        verify(data(model), data(model), samples={})
+
+
+def test_an_error_that_only_real_samples_show_is_caught() -> None:
+    bounds = [
+        graph([node("Clip", ["x", "", "top"], ["y"])], {"top": np.float32(t)}, {"x": IMAGE}, {"y": IMAGE})
+        for t in (90, 99)
+    ]
+    verify(data(bounds[0]), data(bounds[1]))
+    with pytest.raises(VerifyError, match="real samples"):
+        verify(data(bounds[0]), data(bounds[1]), samples={"x": np.full((1, 3, 6, 6), 95, np.float32)})
+
+
+def test_verify_knows_nothing_of_the_analysis() -> None:
+    tree = ast.parse(Path(str(verify_module.__file__)).read_text())
+    imported = {name.name for item in ast.walk(tree) if isinstance(item, ast.Import) for name in item.names}
+    imported |= {item.module or "" for item in ast.walk(tree) if isinstance(item, ast.ImportFrom)}
+    assert {name for name in imported if name.startswith("prune2deploy")} == {"prune2deploy.errors"}

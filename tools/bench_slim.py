@@ -1,0 +1,227 @@
+"""Measure how long removal takes and how much memory it needs, on one core, and write models/bench/slim.json.
+
+Usage: python tools/bench_slim.py [--quick] [-o FILE]
+
+Cases: ResNet-56 and ResNet-50 as exported, with half the channels of every group silenced, and a plain residual net of
+100, 1,000 and 5,000 convolutions. Each case is slimmed in a fresh process that is bound to one core: three times for
+the seconds (the median counts) and once, first, for the peak of resident memory. What the process needs before it has
+read the model (Python and its packages) is told apart. Goals: ResNet-56 in 2 s, ResNet-50 in 5 s, and a peak below 4
+times the model's size plus 300 MB. With --quick only the small cases run, once; nothing is written unless -o says so.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+CHAINS = (100, 1000, 5000)
+GOALS_SECONDS = {"resnet56": 2.0, "resnet50": 5.0}
+MEMORY_FACTOR, MEMORY_OFFSET_MB = 4.0, 300.0
+LINEAR = 1.5
+"""Growth is linear while the time per node at the largest size is at most this many times that at the middle one."""
+
+
+def residual_net(convolutions: int, channels: int = 16) -> onnx.ModelProto:
+    """Return a stem, residual convolutions and a head; about half of the channels are zero in every layer."""
+    random = np.random.default_rng(0)
+    dead = random.random(channels) < 0.5
+    nodes, constants, x = [], [], "input"
+    for i in range(convolutions):
+        weight = random.standard_normal((channels, 3 if i == 0 else channels, 3, 3)) * 0.05
+        bias = random.standard_normal(channels) * 0.05
+        weight[dead], bias[dead] = 0, 0
+        for name, array in ((f"w{i}", weight), (f"b{i}", bias)):
+            constants.append(numpy_helper.from_array(array.astype(np.float32), name))
+        nodes.append(helper.make_node("Conv", [x, f"w{i}", f"b{i}"], [f"a{i}"], name=f"conv{i}", pads=[1] * 4))
+        if i:
+            nodes.append(helper.make_node("Add", [f"a{i}", x], [f"s{i}"], name=f"add{i}"))
+        nodes.append(helper.make_node("Relu", [f"s{i}" if i else f"a{i}"], [f"r{i}"], name=f"relu{i}"))
+        x = f"r{i}"
+    constants.append(numpy_helper.from_array(random.standard_normal((10, channels, 1, 1)).astype(np.float32), "head"))
+    nodes.append(helper.make_node("Conv", [x, "head"], ["output"], name="head"))
+    infos = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", size, 8, 8])
+        for name, size in (("input", 3), ("output", 10))
+    ]
+    graph = helper.make_graph(nodes, "residual", infos[:1], infos[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def network(name: str) -> onnx.ModelProto:
+    """Return a built-in network as exported, with half of the channels of every prunable group silenced."""
+    import torch
+
+    from prune2deploy.export import export_network
+    from prune2deploy.graph.groups import find_groups
+    from prune2deploy.groups import SILENCED_ROLES
+    from prune2deploy.networks import load_network
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    loaded = load_network(name)
+    example = torch.randn(2, *loaded.example_inputs[0].shape[1:])
+    model = export_network(loaded.module, (example,), fuse=False).model
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    groups = find_groups(copied)
+    arrays = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
+    random = np.random.default_rng(0)
+    for group in groups.prunable:
+        gone = random.permutation(group.size)[: group.size // 2]
+        for member in group.of_role(*SILENCED_ROLES):
+            index: list[Any] = [slice(None)] * arrays[member.parameter].ndim
+            index[member.axis] = member.indices[gone].ravel()
+            arrays[member.parameter][tuple(index)] = 0
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
+    return model
+
+
+def peak_mb() -> float:
+    """Return the peak of resident memory of this process.
+
+    Where Linux tells it, from the process's own address space: what getrusage says there is at least the peak of the
+    process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure_here(path: Path, repeats: int) -> dict[str, Any]:
+    """Slim one file in this process; the first time tells the peak of memory, all of them the seconds."""
+    from prune2deploy.graph.model import load_model, save_model
+    from prune2deploy.graph.rewrite import remove_dead_channels
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    bare = peak_mb()
+    seconds: dict[str, list[float]] = {}
+    peak = removed = nodes = 0.0
+    for repeat in range(repeats):
+        marks = [time.perf_counter()]
+        model = load_model(path)
+        marks.append(time.perf_counter())
+        slimmed = remove_dead_channels(model)
+        marks.append(time.perf_counter())
+        save_model(slimmed.model, path.with_suffix(".slim.onnx"))
+        marks.append(time.perf_counter())
+        parts = dict(zip(("read", "remove", "write"), np.diff(marks).tolist(), strict=True)) | slimmed.seconds
+        for name, value in parts.items():
+            seconds.setdefault(name, []).append(value)
+        if repeat == 0:
+            peak, removed, nodes = peak_mb(), slimmed.removed_channels, len(model.graph.node)
+    return {
+        "nodes": int(nodes),
+        "removed_channels": int(removed),
+        "model_mb": path.stat().st_size / 2**20,
+        "bare_process_mb": bare,
+        "peak_mb": peak,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "remove_seconds_each": seconds["remove"],
+    }
+
+
+def measure(name: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """Build a case and measure it in a fresh process."""
+    path = folder / f"{name}.onnx"
+    onnx.save(residual_net(int(name.split("-")[1])) if name.startswith("residual-") else network(name), path)
+    command = [sys.executable, str(Path(__file__).resolve()), "--measure", str(path), "--repeats", str(repeats)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    limit = MEMORY_FACTOR * result["model_mb"] + MEMORY_OFFSET_MB
+    result["goals"] = {"peak_mb": limit, "peak_met": result["peak_mb"] < limit}
+    if name in GOALS_SECONDS:
+        met = result["seconds"]["remove"] < GOALS_SECONDS[name]
+        result["goals"] |= {"seconds": GOALS_SECONDS[name], "seconds_met": met}
+    path.unlink()
+    return result
+
+
+def growth(cases: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return time and memory per node of the residual nets, and whether they grow linearly."""
+    chains = sorted(
+        (case for name, case in cases.items() if name.startswith("residual-")), key=lambda case: case["nodes"]
+    )
+    if len(chains) < 3:
+        return None
+    nodes = np.array([case["nodes"] for case in chains])
+    seconds = np.array([case["seconds"]["remove"] for case in chains])
+    memory = np.array([case["peak_mb"] for case in chains])
+    each = seconds / nodes
+    slope = np.polyfit(nodes, memory, 1)
+    return {
+        "exponent": float(np.polyfit(np.log(nodes), np.log(seconds), 1)[0]),
+        "milliseconds_per_node": (1e3 * each).tolist(),
+        "kilobytes_per_node": float(slope[0] * 1024),
+        "linear": bool(each[-1] <= LINEAR * each[-2]),
+    }
+
+
+def show(name: str, case: dict[str, Any]) -> None:
+    seconds, goals = case["seconds"], case["goals"]
+    met = "" if goals["peak_met"] and goals.get("seconds_met", True) else "   GOAL MISSED"
+    print(
+        f"{name:14s} {case['nodes']:6d} nodes {case['model_mb']:7.1f} MB   read {seconds['read']:.2f} s   "
+        f"remove {seconds['remove']:.2f} s (normalise {seconds['normalise']:.2f}, analysis {seconds['analysis']:.2f}, "
+        f"rewrite {seconds['rewrite']:.2f})   write {seconds['write']:.2f} s   peak {case['peak_mb']:.0f} MB "
+        f"(bare {case['bare_process_mb']:.0f}, allowed {goals['peak_mb']:.0f}){met}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure removal on one core.")
+    parser.add_argument("--quick", action="store_true", help="only the two smallest residual nets, once")
+    parser.add_argument("-o", "--output", type=Path, help="where the JSON goes; models/bench/slim.json unless --quick")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        print(json.dumps(measure_here(arguments.measure, arguments.repeats)))
+        return 0
+    from prune2deploy.environment import environment
+    from prune2deploy.files import write_json
+
+    where = environment()
+    print(f"{where['cpu']}, {platform.platform()}, load {where['load_average']}, {where['packages']}")
+    names = ["residual-20", "residual-100"] if arguments.quick else [*GOALS_SECONDS, *(f"residual-{n}" for n in CHAINS)]
+    cases: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            cases[name] = measure(name, Path(folder), 1 if arguments.quick else arguments.repeats)
+            show(name, cases[name])
+    grown = growth(cases)
+    if grown is not None:
+        kind = "linear" if grown["linear"] else "more than linear"
+        print(
+            f"growth: {kind}; seconds ~ nodes^{grown['exponent']:.2f}, "
+            f"{', '.join(f'{value:.2f}' for value in grown['milliseconds_per_node'])} ms per node, "
+            f"{grown['kilobytes_per_node']:.0f} kB per node"
+        )
+    output = arguments.output or (None if arguments.quick else ROOT / "models" / "bench" / "slim.json")
+    if output is not None:
+        write_json(output, {"schema_version": 1, "environment": where, "cases": cases, "growth": grown})
+        print(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
