@@ -16,6 +16,7 @@ from prune2deploy import __version__
 from prune2deploy.errors import InputError, P2DError, StrictError, one_line
 
 SCHEMA_VERSION = 1
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="p2d",
@@ -49,8 +50,10 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(f"the disk is full ({error.filename or 'while writing'}); free some space and run it again", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; files that were being written keep their earlier contents", 130)
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            _fail("interrupted; files that were being written keep their earlier contents", INTERRUPTED)
+        raise
 
 
 def _fail(message: str, code: int) -> None:
@@ -201,9 +204,12 @@ def export(
 ) -> None:
     """Write dense.onnx, masked.onnx and, once it is verified, slim.onnx of RUN."""
     from prune2deploy import pipeline
+    from prune2deploy.backends.tensorrt import PRECISIONS
     from prune2deploy.report import read_report
     from prune2deploy.screen import run_summary
 
+    if trt and precision not in PRECISIONS:
+        raise InputError(f"--precision '{precision}' cannot be built; this version builds {' and '.join(PRECISIONS)}")
     with _live() as live:
         pipeline.export(run, note=live.note)
     report = read_report(run)
@@ -295,6 +301,7 @@ def bench(
     from prune2deploy import pipeline
     from prune2deploy.screen import bench_summary
 
+    earlier = None if against is None else pipeline.earlier_ratio(against, models)
     options: dict[str, Any] = {
         "batch": batch,
         "threads": threads,
@@ -312,8 +319,8 @@ def bench(
             found = pipeline.bench(models, note=live.note, on_progress=live.rounds, seed=seed, **given)
     section = found.to_json()
     _emit({"bench": section}, bench_summary(section), as_json=as_json)
-    if against is not None:
-        pipeline.require_no_slower(found, against)
+    if earlier is not None:
+        pipeline.require_no_slower(found, earlier)
     if strict:
         slow = next((one for one in found.verdicts if one.word != "faster"), None)
         if slow is not None:

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,15 @@ def _output_count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter, which prints and warns about its own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    """Silence the exporter, which prints, logs and warns about its own internals, whole graphs among them."""
+    earlier = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(earlier)
 
 
 def _simplified(program: Any, *, fuse: bool) -> onnx.ModelProto:
@@ -175,17 +172,6 @@ def _source_of(entries: dict[str, str]) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', entries.get("pkg.torch.onnx.stack_trace", ""))
     own = [frame for frame in frames if not re.search(r"(^|/)torch/", frame[0])] or frames
     return "{}:{} in {}".format(own[-1][0], *own[-1][1:]) if own else ""
-
-
-def weights_in(model: onnx.ModelProto) -> dict[str, torch.Tensor]:
-    """Return an unfused graph's initializers by torch name, as tensors."""
-    return {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in model.graph.initializer}
-
-
-def load_into(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Set the module's parameters and buffers that ``weights`` names."""
-    known = module.state_dict()
-    module.load_state_dict({name: tensor for name, tensor in weights.items() if name in known}, strict=False)
 
 
 def require_agreement(module: nn.Module, model: Path, inputs: Sequence[torch.Tensor], rtol: float = 1e-3) -> float:

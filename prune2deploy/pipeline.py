@@ -6,7 +6,7 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from prune2deploy.budget import Target, protect
 from prune2deploy.environment import environment
-from prune2deploy.errors import InputError, StrictError
+from prune2deploy.errors import DeviceError, InputError, StrictError, one_line
 from prune2deploy.files import read_json, require_file, sha256, write_bytes, write_json
 from prune2deploy.groups import Groups
 from prune2deploy.masks import Masks, load_masks, save_masks, widths
@@ -83,6 +83,7 @@ def load_task(recipe: Recipe, weights: Path | None = None) -> Task:
     from prune2deploy.networks import load_network, load_weights, normalisation
 
     _use_threads(recipe)
+    _require_device(recipe.device)
     size = recipe.input_shape[-1] if recipe.input_shape else None
     data = load_data(recipe.data, seed=recipe.seed, holdout=recipe.holdout, image_size=size)
     network = load_network(
@@ -107,6 +108,21 @@ def _use_threads(recipe: Recipe) -> None:
 
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+
+
+def _require_device(device: str) -> None:
+    """Refuse a device that torch does not know, or that is not there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        known = ("cpu", "cuda", "mps", "xpu")
+        if device.partition(":")[0] not in known:
+            raise InputError(
+                f"--device '{device}' is not a device; give one of {', '.join(known)}, or cuda:1"
+            ) from error
+        raise DeviceError(f"the device '{device}' is not there ({one_line(error, 120)}); use --device cpu") from error
 
 
 # --- prune ------------------------------------------------------------------------------------------------------------
@@ -135,16 +151,21 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
             serialized = analysis.model.SerializeToString(deterministic=True)
             groups = protect(find_groups(analysis.model), recipe.keep)
         weights = _arrays(task)
+        dense = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         with _timed(seconds, "selection"):
             note(f"choosing channels by {recipe.method}")
             result = method.plan(weights, groups, target, round_to=recipe.round_to)
-        outcome = _train(task, groups, result.keep, result.offsets, run, note, on_progress)
+        outcome = _train(task, groups, result.keep, result.offsets, note, on_progress)
         _forget_later_steps(run)
         write_bytes(run / "analysis.onnx", serialized)
         write_json(run / "source_map.json", analysis.source_map)
         groups.save(run / "groups.json")
         save_masks(result.keep, run / "masks.safetensors")
-        _save_weights(task, run)
+        if outcome["history"]:
+            _write_log(run, outcome["history"])
+        _save_weights(task, run / "weights.safetensors")
+        module.load_state_dict(dense)
+        _save_weights(task, run / "dense.safetensors")
         save_recipe(recipe, run / "recipe.toml")
         section = _prune_section(task, groups, result.keep, target) | outcome
         section["seconds"] = seconds | outcome["seconds"]
@@ -166,7 +187,7 @@ def _arrays(task: Task) -> dict[str, np.ndarray]:
     return weights_of(task.network.module)
 
 
-LATER = ("dense.onnx", "masked.onnx", "slim.onnx", "slim.json", "report.html", "report.json")
+LATER = ("log.jsonl", "dense.onnx", "masked.onnx", "slim.onnx", "slim.json", "report.html", "report.json")
 
 
 def _forget_later_steps(run: Path) -> None:
@@ -182,7 +203,6 @@ def _train(
     groups: Groups,
     masks: Masks,
     offsets: Mapping[str, np.ndarray],
-    run: Path,
     note: Note,
     on_progress: Callable[[Any], None] | None,
 ) -> dict[str, Any]:
@@ -222,10 +242,11 @@ def _train(
             {"epoch": one.epoch, "loss": one.loss, "holdout_top1": one.holdout.top1, "seconds": one.seconds}
             for one in results
         ]
-        _write_log(run, history)
         accuracy["finetuned"] = _accuracy(task, "finetuned", note, seconds)
     module.to("cpu")
     warnings = [f"the mean of a removed channel could not be folded into {name}" for name in skipped]
+    if recipe.weights is None and ".py:" not in recipe.network:
+        warnings.append(f"no --weights: '{recipe.network}' is untrained, so its accuracy says nothing")
     return {"accuracy": accuracy, "history": history, "seconds": seconds, "warnings": warnings}
 
 
@@ -243,7 +264,7 @@ def _write_log(run: Path, history: list[dict[str, Any]]) -> None:
     write_bytes(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history).encode())
 
 
-def _save_weights(task: Task, run: Path) -> None:
+def _save_weights(task: Task, path: Path) -> None:
     from prune2deploy.networks import save_weights
 
     metadata = {
@@ -252,7 +273,7 @@ def _save_weights(task: Task, run: Path) -> None:
         "mean": json.dumps(task.mean),
         "std": json.dumps(task.std),
     }
-    save_weights(task.network.module, run / "weights.safetensors", metadata)
+    save_weights(task.network.module, path, metadata)
 
 
 def _prune_section(task: Task, groups: Groups, masks: Masks, target: Target) -> dict[str, Any]:
@@ -303,20 +324,19 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
         InputError: if the run is not one, or a file of it is missing or broken.
         VerifyError: if an export differs from its network, or the slim graph from the masked one.
     """
-    from prune2deploy.export import export_network, load_into, require_agreement, weights_in
-    from prune2deploy.graph.model import load_model, save_model
+    from prune2deploy.export import export_network, require_agreement
+    from prune2deploy.graph.model import save_model
+    from prune2deploy.networks import load_weights
 
     recipe = load_run(run)
     with locked(run):
         note("loading the run")
         task = load_task(recipe, run / "weights.safetensors")
         module = task.network.module
-        masked = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        dense = weights_in(load_model(run / "analysis.onnx"))  # the network as it came
         agreement: dict[str, float] = {}
-        for name, weights in (("dense", dense), ("masked", masked)):
+        for name, weights in (("dense", "dense"), ("masked", "weights")):
             note(f"exporting {name}.onnx")
-            load_into(module, weights)
+            load_weights(module, run / f"{weights}.safetensors")
             exported = export_network(module, task.network.example_inputs, fuse=True)
             save_model(normal_form(exported.model), run / f"{name}.onnx")
             agreement[name] = require_agreement(module, run / f"{name}.onnx", task.network.example_inputs)
@@ -338,6 +358,10 @@ def load_run(run: Path) -> Recipe:
     if not (run / "masks.safetensors").exists():
         raise InputError(f"'{run}' is not a pruned run: it has no masks.safetensors; run 'p2d prune ... -o {run}'")
     load_masks(run / "masks.safetensors")
+    if not (run / "report.json").exists() or "prune" not in read_report(run):
+        raise InputError(
+            f"the pruning of '{run}' was not finished: its report lacks it; run 'p2d prune ... -o {run}' again"
+        )
     return load_recipe(run / "recipe.toml")
 
 
@@ -396,18 +420,17 @@ def slim(
         VerifyError: if the result differs from the source; then nothing is written.
     """
     from prune2deploy.graph.model import load_model, save_model
-    from prune2deploy.graph.rewrite import remove_dead_channels
+    from prune2deploy.graph.rewrite import remove_dead_channels, stamp
     from prune2deploy.graph.verify import RTOL, verify
 
-    if target.is_dir():
-        raise InputError(f"'{target}' is a folder, but the slim file's name is wanted; add one, such as slim.onnx")
+    _require_free(target, source)
     note(f"removing dead channels from {source.name}")
     start = time.perf_counter()
     model = load_model(source)
     read = time.perf_counter()
     digest = sha256(source)
     slimmed = remove_dead_channels(model, round_to=round_to)
-    slimmed.model.metadata_props.add(key="prune2deploy.source_sha256", value=digest)
+    stamp(slimmed.model, "prune2deploy.source_sha256", digest)
     slimmed.seconds["read"] = read - start
     note(f"proving that {target.name} computes the same")
     candidate = target.with_name(f".{target.name}.unverified.onnx")
@@ -418,13 +441,27 @@ def slim(
         save_model(slimmed.model, target)
         slimmed.seconds["write"] = time.perf_counter() - start
     finally:
-        candidate.unlink(missing_ok=True)
-        candidate.with_name(candidate.name + ".data").unlink(missing_ok=True)
+        for path in (candidate, candidate.with_name(candidate.name + ".data")):
+            with suppress(OSError):  # what could not be made cannot be removed
+                path.unlink(missing_ok=True)
     write_json(target.with_suffix(".json"), {"schema_version": 1, "source_sha256": digest, **slimmed.kept})
     if run is not None:
         update_section(run, "slim", slim_section(source, target, slimmed))
         update_section(run, "verify", found.to_json())
     return slimmed
+
+
+def _require_free(target: Path, source: Path) -> None:
+    """Refuse a target that is no ONNX file's name, or where something else than an earlier result would be lost."""
+    if target.is_dir():
+        raise InputError(f"'{target}' is a folder, but the slim file's name is wanted; add one, such as slim.onnx")
+    if target.suffix != ".onnx":
+        raise InputError(f"'{target}' does not end in .onnx; name the slim file like slim.onnx")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError(f"'{target}' would overwrite its own source; choose another -o")
+    beside = target.with_suffix(".json")
+    if beside.exists() and "source_sha256" not in read_json(beside):
+        raise InputError(f"'{beside}' would be overwritten by the kept indices of '{target}'; choose another -o")
 
 
 def slim_section(source: Path, target: Path, slimmed: Slimmed) -> dict[str, Any]:
@@ -526,23 +563,33 @@ def bench_run(run: Path, recipe: Recipe, *, note: Note = silent, **options: Any)
     return bench(models, run=run, note=note, **(own | given))
 
 
-def require_no_slower(found: Comparison, against: Path) -> None:
-    """Hold a comparison against an earlier report.
+def earlier_ratio(against: Path, models: Sequence[Path]) -> dict[str, Any]:
+    """Return what an earlier report measured of the last of these models (of a run: its slim graph).
 
     Raises:
-        StrictError: if the last arm's ratio to the baseline lies above the earlier one, intervals considered.
-        InputError: if the report holds no such measurement.
+        InputError: if it holds no such measurement.
     """
+    arm = "slim" if models[-1].is_dir() else _arm_names(models)[-1]
     earlier = read_json(against)
-    bench_section = earlier.get("bench", {}) if isinstance(earlier, dict) else {}
-    known = {entry["arm"]: entry for entry in bench_section.get("ratios", [])}
+    section = earlier.get("bench", {}) if isinstance(earlier, dict) else {}
+    known = {entry["arm"]: entry for entry in section.get("ratios", [])}
+    if arm not in known:
+        raise InputError(f"'{against}' holds no measurement of '{arm}'; name the report.json of a benched run")
+    found: dict[str, Any] = known[arm]
+    return found
+
+
+def require_no_slower(found: Comparison, earlier: Mapping[str, Any]) -> None:
+    """Hold the last model's ratio against an earlier one.
+
+    Raises:
+        StrictError: if it lies above the earlier one, intervals considered.
+    """
     ratio = found.ratios[-1]
-    if ratio.arm not in known:
-        raise InputError(f"'{against}' holds no measurement of '{ratio.arm}'; name the report.json of a benched run")
-    if ratio.low > known[ratio.arm]["high"]:
+    if ratio.low > earlier["high"]:
         raise StrictError(
-            f"'{ratio.arm}' takes {ratio.ratio:.3f} of the baseline's time where '{against}' measured "
-            f"{known[ratio.arm]['ratio']:.3f} (intervals apart): it became slower"
+            f"'{ratio.arm}' takes {ratio.ratio:.3f} of the baseline's time where the earlier report measured "
+            f"{earlier['ratio']:.3f} (intervals apart): it became slower"
         )
 
 
@@ -563,8 +610,10 @@ def walk(
     Raises:
         InputError: among other things where ``resume`` meets a run of another recipe.
     """
+    from prune2deploy.backends import load_backend
     from prune2deploy.page import write_page
 
+    load_backend(recipe.bench.backend)  # before the work, not after it
     done = finished_steps(run, recipe) if resume else set()
     if "prune" not in done:
         prune(recipe, run, note=note, on_progress=on_progress)
@@ -588,8 +637,8 @@ def finished_steps(run: Path, recipe: Recipe) -> set[str]:
         raise InputError(f"'{run}' was made by another recipe; leave --resume out to start anew, or choose another -o")
     report = read_report(run)
     files = {
-        "prune": ("masks.safetensors", "weights.safetensors", "analysis.onnx"),
-        "slim": ("dense.onnx", "slim.onnx"),
+        "prune": ("masks.safetensors", "weights.safetensors", "dense.safetensors", "analysis.onnx"),
+        "slim": ("dense.onnx", "masked.onnx", "slim.onnx", "slim.json"),
     }
     done: set[str] = set()
     for step in ("prune", "slim", "bench"):

@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,11 @@ SPEC_FIELDS = ("network", "data")
 """Fields of the form ``kind:PATH`` or ``PATH.py:factory``, whose paths are taken from the recipe's folder."""
 
 
+Whole = Annotated[int, Field(strict=True)]
+Real = Annotated[float, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+
+
 class Strict(BaseModel):
     """A part of a recipe: unknown keys are refused, values are not converted silently."""
 
@@ -24,10 +29,10 @@ class Strict(BaseModel):
 class FineTuning(Strict):
     """How the masked network is trained on: epochs over the training images, and the optimiser's settings."""
 
-    epochs: int = Field(default=0, ge=0)
-    learning_rate: float = Field(default=0.05, gt=0)
-    batch_size: int = Field(default=128, ge=1)
-    weight_decay: float = Field(default=5e-4, ge=0)
+    epochs: Whole = Field(default=0, ge=0)
+    learning_rate: Real = Field(default=0.05, gt=0)
+    batch_size: Whole = Field(default=128, ge=1)
+    weight_decay: Real = Field(default=5e-4, ge=0)
     precision: str = "auto"
 
 
@@ -35,11 +40,11 @@ class Bench(Strict):
     """How latency is measured; see `latency.compare`."""
 
     backend: str = "ort-cpu"
-    batch: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1)
-    sessions: int = Field(default=5, ge=5)
-    seconds: float = Field(default=1.0, gt=0)
-    iterations: int | None = Field(default=None, ge=1)
+    batch: Whole = Field(default=1, ge=1)
+    threads: Whole = Field(default=1, ge=1)
+    sessions: Whole = Field(default=5, ge=5)
+    seconds: Real = Field(default=1.0, gt=0)
+    iterations: Whole | None = Field(default=None, ge=1)
 
 
 class Recipe(Strict):
@@ -51,16 +56,16 @@ class Recipe(Strict):
     method: str = "l1"
     method_options: dict[str, Any] = Field(default_factory=dict)
     target: str = "macs=0.5"
-    round_to: int = Field(default=1, ge=1)
+    round_to: Whole = Field(default=1, ge=1)
     keep: tuple[str, ...] = ()
-    recalibrate: bool = False
-    input_shape: tuple[int, ...] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    holdout: float = Field(default=0.1, gt=0, lt=1)
-    seed: int = 0
+    recalibrate: Switch = False
+    input_shape: tuple[Whole, ...] | None = None
+    mean: tuple[Real, ...] | None = None
+    std: tuple[Real, ...] | None = None
+    holdout: Real = Field(default=0.1, gt=0, lt=1)
+    seed: Whole = 0
     device: str = "cpu"
-    threads: int | None = Field(default=None, ge=1)
+    threads: Whole | None = Field(default=None, ge=1)
     finetune: FineTuning = FineTuning()
     bench: Bench = Bench()
 

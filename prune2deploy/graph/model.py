@@ -51,6 +51,10 @@ def load_model(path: Path) -> onnx.ModelProto:
         raise InputError(f"'{path}' is not an ONNX file: it holds no graph; export it again")
     _check_opset(model, path)
     _load_external(model, path)
+    try:
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        raise InputError(f"'{path}' is not a valid ONNX graph ({one_line(error, 200)}); export it again") from error
     return model
 
 

@@ -73,7 +73,7 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
         sizes = _apply(graph, analysis)
         kept["initializers"] = _kept_initializers(analysis)
     slim = to_model(graph, model)
-    _stamp(slim)
+    stamp(slim, "prune2deploy.version", __version__)
     rewritten = time.perf_counter()
     layers = layer_rows(analysis, sizes)
     return Slimmed(
@@ -102,12 +102,13 @@ def opaque_operators(analysis: Analysis) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
-def _stamp(model: onnx.ModelProto) -> None:
+def stamp(model: onnx.ModelProto, key: str, value: str) -> None:
+    """Set an entry of the model's metadata."""
     for entry in model.metadata_props:
-        if entry.key == "prune2deploy.version":
-            entry.value = __version__
+        if entry.key == key:
+            entry.value = value
             return
-    model.metadata_props.add(key="prune2deploy.version", value=__version__)
+    model.metadata_props.add(key=key, value=value)
 
 
 def _kept_values(analysis: Analysis) -> dict[str, dict[str, list[int]]]:

@@ -83,7 +83,7 @@ def verify(
         InputError: if the reference cannot be run.
         DeviceError: if onnxruntime is not installed.
     """
-    sides = [_Side(graph, name) for graph, name in ((reference, "the reference"), (candidate, "the candidate"))]
+    sides = [_reference(reference), _Side(candidate, "the candidate")]
     _same_contract(*sides)
     cases = list(_cases(sides[0], samples, shapes or {}, seed))
     expected = [[_reference_run(sides[0], feeds, optimised) for optimised in (False, True)] for _, feeds in cases]
@@ -143,6 +143,13 @@ class _Side:
         except Exception as error:  # as above
             raise VerifyError(f"ONNX Runtime cannot run {self.title}: {one_line(error, 200)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+def _reference(graph: Path | bytes) -> _Side:
+    try:
+        return _Side(graph, "the reference")
+    except VerifyError as error:
+        raise InputError(f"{error}; it cannot be compared with: export it again") from error
 
 
 def _reference_run(side: _Side, feeds: Feeds, optimised: bool) -> dict[str, np.ndarray]:

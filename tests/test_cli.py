@@ -1,0 +1,343 @@
+"""The command line: help, JSON, what goes to which stream, exit codes, and results that are said loudly."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from command_line import (
+    ENVIRONMENT,
+    ROOT,
+    command,
+    digits_run,
+    done,
+    p2d,
+    p2d_process,
+    refused,
+    small_network,
+    small_run,
+)
+
+from prune2deploy import __version__, cli
+from prune2deploy.backends import BACKENDS
+from prune2deploy.graph.rules import RULES
+from prune2deploy.methods import METHODS
+from prune2deploy.networks import NETWORKS
+
+GROUP = typer.main.get_command(cli.app)
+COMMANDS: dict[str, Any] = GROUP.commands  # type: ignore[attr-defined]
+WITHOUT_JSON = {"report"}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_run(tmp_path_factory)
+
+
+def document(outcome: str) -> dict[str, Any]:
+    """Return the one JSON document that a command printed."""
+    found: dict[str, Any] = json.loads(outcome)
+    assert found["schema_version"] == 1
+    return found
+
+
+def against(run: Path, folder: Path, ratio: float) -> Path:
+    """Write a report that measured the slim graph at this ratio, within 1 %."""
+    report = json.loads((run / "report.json").read_text())
+    report["bench"]["ratios"][0] |= {"arm": "slim", "ratio": ratio, "low": 0.99 * ratio, "high": 1.01 * ratio}
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder / "report.json"
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_those_of_the_contract() -> None:
+    assert set(COMMANDS) == {
+        *("prune", "export", "slim", "verify", "bench", "inspect", "report", "run"),
+        *("methods", "networks", "ops", "backends", "doctor"),
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_documents_every_option(name: str) -> None:
+    text = done(name, "--help")
+    assert f" {name} " in text.splitlines()[0]
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, f"'{name} {parameter.name}' has no help"
+        words = " ".join(text.split())
+        assert " ".join(parameter.help.split()) in words, parameter.name
+        for option in parameter.opts if parameter.param_type_name == "option" else []:
+            assert option in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_offers_what_the_others_spell_otherwise(name: str) -> None:
+    options = {option for parameter in COMMANDS[name].params for option in parameter.opts if option.startswith("-")}
+    assert all(re.fullmatch(r"-[a-z]|--[a-z]+(-[a-z]+)*", option) for option in options)
+    assert ("--json" in options) == (name not in WITHOUT_JSON)
+    if name in ("slim", "prune", "run", "report"):
+        assert "-o" in options
+
+
+def test_help_and_the_version_need_no_heavy_package() -> None:
+    outcome = p2d_process("--version")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"p2d {__version__}\n", "")
+    text = p2d_process("--help").out
+    assert all(name in text for name in COMMANDS)
+
+
+def test_no_arguments_show_the_help() -> None:
+    outcome = p2d_process()
+    assert "Usage: " in outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("prunne",), ("slim",), ("slim", "a.onnx", "-o", "b.onnx", "--fast"), ("slim", "a.onnx", "--round-to", "x")],
+)
+def test_a_wrong_call_exits_with_2_and_says_how_to_get_help(arguments: tuple[str, ...]) -> None:
+    outcome = p2d(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "--help" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# --- JSON and streams -------------------------------------------------------------------------------------------------
+
+LISTS = {
+    "methods": set(METHODS),
+    "networks": set(NETWORKS),
+    "ops": set(RULES),
+    "backends": set(BACKENDS),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_the_lists_say_the_same_as_tables_and_as_json(name: str) -> None:
+    outcome = p2d(name, "--json")
+    assert outcome.err == ""
+    assert set(document(outcome.out)[name]) == LISTS[name]
+    text = done(name)
+    assert all(key in text for key in LISTS[name])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_shown_with_its_options(name: str) -> None:
+    found = document(done("methods", name, "--json"))
+    assert found["method"] == name
+    text = done("methods", name)
+    for option in found["options"]:
+        assert f"--option {option}=" in text
+    refused(p2d("methods", "l7"), 2, "l7", "bn, l1, random")
+
+
+def test_doctor_says_which_commands_can_run() -> None:
+    found = document(done("doctor", "--json"))
+    assert found["checks"]["prune, export, run"] == "ready"
+    assert found["checks"]["slim, verify, inspect"] == "ready"
+    assert found["environment"]["packages"]["torch"] in done("doctor")
+
+
+def test_inspect_shows_what_slimming_would_leave(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    found = document(done("inspect", run, "--json"))
+    assert found["macs"] == report["slim"]["macs"]
+    assert found["parameters"] == report["slim"]["parameters"]
+    assert found["values"]
+    text = done("inspect", run / "dense.onnx")
+    assert "16 →" not in text
+    assert "needed by" in done("inspect", run / "dense.onnx", "--values")
+
+
+def test_slim_verify_and_bench_print_one_document_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    slim, masked = tmp_path / "slim.onnx", run / "masked.onnx"
+    report = json.loads((run / "report.json").read_text())
+    for arguments, section in (
+        (("slim", masked, "-o", slim), "slim"),
+        (("verify", masked, slim), "verify"),
+        (("bench", masked, slim, "--iterations", "20", "--against", against(run, tmp_path, ratio=2.0)), "bench"),
+    ):
+        outcome = p2d(*arguments, "--json")
+        assert (outcome.code, outcome.err) == (0, "")
+        found = document(outcome.out)
+        assert set(found) == {"schema_version", section}
+        assert set(found[section]) >= set(report[section]) - {"warnings"}
+    assert slim.read_bytes() == (run / "slim.onnx").read_bytes()
+
+
+def test_prune_export_and_run_print_one_document_and_nothing_else(small: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(small, tmp_path / "own"))
+    resume = ("run", own / "recipe.toml", "-o", own, "--resume")
+    for arguments, sections in (
+        (resume, {"prune", "export", "slim", "verify", "bench", "environment"}),
+        (("export", own), {"export", "slim", "verify"}),
+        (("prune", small_network(tmp_path), "-o", own), {"prune"}),
+    ):
+        outcome = p2d(*arguments, "--json")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert set(document(outcome.out)) - {"tool", "recipe"} == {"schema_version", *sections}
+
+
+def test_tables_go_to_stdout_and_stderr_stays_empty_in_a_pipe(run: Path, tmp_path: Path) -> None:
+    outcome = p2d_process("slim", run / "masked.onnx", "-o", tmp_path / "slim.onnx")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "MACs" in outcome.out
+    assert "\x1b" not in outcome.out
+    outcome = p2d_process("verify", run / "masked.onnx", tmp_path / "slim.onnx", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    document(outcome.out)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_progress_goes_to_stderr_where_it_is_a_terminal(as_json: bool, run: Path, tmp_path: Path) -> None:
+    arguments = ("slim", run / "masked.onnx", "-o", tmp_path / "slim.onnx", *(("--json",) if as_json else ()))
+    terminal, end = pty.openpty()
+    environment = ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=end) as process:
+        os.close(end)
+        shown = b""
+        while True:
+            try:
+                part = os.read(terminal, 4096)
+            except OSError:
+                break
+            shown += part
+            if not part:
+                break
+        assert process.stdout is not None
+        out = process.stdout.read().decode()
+        assert process.wait() == 0
+    os.close(terminal)
+    assert b"removing dead channels from masked.onnx" in shown or b"proving that slim.onnx" in shown
+    assert "\x1b" not in out
+    if as_json:
+        document(out)
+
+
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_a_table_in_a_pipe_does_not_depend_on_the_terminal(columns: str, run: Path) -> None:
+    words, environment = command("inspect", run / "slim.onnx"), ENVIRONMENT | {"COLUMNS": columns}
+    found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert found.stdout == done("inspect", run / "slim.onnx")
+    assert "layer1.0.conv1" in found.stdout
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_and_the_command_are_one() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'p2d = "prune2deploy.cli:main"' in text
+    assert p2d_process("methods").out == done("methods")
+
+
+def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:
+    code = (
+        "import sys; from prune2deploy import cli, files\n"
+        "def broken(*_): raise ZeroDivisionError('a bug')\n"
+        "import prune2deploy.graph.model as model; model.load_model = broken\n"
+        "sys.argv = ['p2d', 'inspect', 'x.onnx']; cli.main()"
+    )
+    found = subprocess.run([command()[0], "-c", code], env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 1
+    assert "Traceback" in found.stderr
+    assert "ZeroDivisionError: a bug" in found.stderr
+
+
+def test_an_interrupt_exits_with_130_and_says_what_is_left(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prune2deploy.graph.inspect.inspect_model", interrupted)
+    refused(p2d("inspect", run), 130, "interrupted", "earlier contents")
+
+
+def test_slimming_a_slim_graph_removes_nothing_more(run: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    done("slim", run / "masked.onnx", "-o", first)
+    assert document(done("slim", first, "-o", second, "--json"))["slim"]["removed_channels"] == 0
+    done("verify", run / "masked.onnx", second)
+
+
+def test_nothing_removed_is_loud_and_under_strict_exits_with_5(run: Path, tmp_path: Path) -> None:
+    outcome = p2d("slim", run / "dense.onnx", "-o", tmp_path / "slim.onnx")
+    assert outcome.code == 0
+    assert "NOTHING WAS REMOVED" in outcome.out
+    outcome = p2d("slim", run / "dense.onnx", "-o", tmp_path / "slim.onnx", "--strict")
+    refused(outcome, 5, "no channel of", "dense.onnx")
+    outcome = p2d("slim", run / "dense.onnx", "-o", tmp_path / "slim.onnx", "--strict", "--json")
+    refused(outcome, 5, "no channel")
+    assert document(outcome.out)["slim"]["removed_channels"] == 0
+    done("slim", run / "masked.onnx", "-o", tmp_path / "slim.onnx", "--strict")
+
+
+def test_not_faster_is_loud_and_under_strict_exits_with_5(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "dense.onnx", tmp_path / "copy.onnx")
+    arguments = ("bench", run / "dense.onnx", tmp_path / "copy.onnx", "--iterations", "50")
+    outcome = p2d(*arguments, "--strict")
+    refused(outcome, 5, "'copy' takes")
+    assert re.search(r"(NOT SHOWN TO BE FASTER|SLOWER): 'copy' takes", outcome.out)
+
+
+def test_slower_than_an_earlier_report_exits_with_5(run: Path, tmp_path: Path) -> None:
+    arguments = ("bench", run / "dense.onnx", run / "slim.onnx", "--iterations", "50")
+    outcome = p2d(*arguments, "--against", against(run, tmp_path, ratio=0.01))
+    refused(outcome, 5, "'slim' takes", "0.010", "slower", "report.json")
+
+
+def test_a_run_that_is_not_faster_is_loud_and_under_strict_exits_with_5(small: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(small, tmp_path / "own"))
+    report = json.loads((own / "report.json").read_text())
+    verdict = {"arm": "slim", "word": "slower", "explanation": "'slim' takes 1.5 of the time of 'dense'"}
+    report["bench"]["verdicts"] = [verdict]
+    (own / "report.json").write_text(json.dumps(report))
+    outcome = p2d("run", own / "recipe.toml", "-o", own, "--resume")
+    assert outcome.code == 0
+    assert "NOT FASTER: 'slim' takes 1.5" in outcome.out
+    refused(p2d("run", own / "recipe.toml", "-o", own, "--resume", "--strict"), 5, "NOT FASTER", "1.5")
+
+
+def test_bench_of_a_run_replaces_its_section_and_samples(small: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(small, tmp_path / "own"))
+    before = json.loads((own / "report.json").read_text())
+    found = document(done("bench", own, "--iterations", "7", "--batch", "3", "--json"))["bench"]
+    after = json.loads((own / "report.json").read_text())
+    assert after["bench"] == found
+    assert found["iterations"] == 7
+    assert found["inputs"]["input"]["shape"] == [3, 1, 8, 8]
+    assert {name: after[name] for name in ("prune", "export", "slim", "verify")} == {
+        name: before[name] for name in ("prune", "export", "slim", "verify")
+    }
+    samples = json.loads((own / "samples" / "bench.json").read_text())
+    assert {len(times) for times in samples["slim"]} == {7}
+
+
+def test_report_writes_one_page_of_several_runs(run: Path, small: Path, tmp_path: Path) -> None:
+    out = done("report", run, small, "-o", tmp_path / "page.html")
+    assert out == f"page: {tmp_path / 'page.html'}\n"
+    assert "resnet_digits" in (tmp_path / "page.html").read_text()
+
+
+def test_paths_with_spaces_and_brackets_are_paths(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my [runs]"
+    folder.mkdir()
+    shutil.copy(run / "masked.onnx", folder / "in [1].onnx")
+    out = done("slim", folder / "in [1].onnx", "-o", folder / "out [2].onnx")
+    assert (folder / "out [2].onnx").read_bytes()
+    assert (folder / "out [2].json").exists()
+    assert "[2].onnx" in out
+    assert "[none].onnx" in p2d("inspect", folder / "[none].onnx").err

@@ -1,0 +1,149 @@
+"""What a person sees: every state of a run can be shown, names are shown as they are, failures are loud."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import digits_run
+from rich.console import Console, RenderableType
+
+from prune2deploy.findings import Findings
+from prune2deploy.report import SECTIONS, update_section
+from prune2deploy.screen import (
+    Live,
+    bench_summary,
+    layer_table,
+    loud,
+    plain_table,
+    run_summary,
+    slim_summary,
+    value_table,
+    warning,
+)
+from prune2deploy.train import Progress
+
+NAME = "stages[0].conv[bold]x[/bold][/]"
+
+
+def shown(renderable: RenderableType, width: int = 200) -> str:
+    console = Console(width=width, markup=False, highlight=False, color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def sections(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return found
+
+
+def test_a_whole_run_shows_sizes_accuracy_proof_and_latency(run: Path, sections: dict[str, Any]) -> None:
+    text = shown(run_summary(run))
+    for value in (*sections["slim"]["macs"].values(), *sections["slim"]["parameters"].values()):
+        assert f"{value:,}" in text
+    accuracy = sections["prune"]["accuracy"]
+    for stage in ("dense", "pruned", "finetuned"):
+        assert f"{100 * accuracy[stage]['top1']:.2f} %" in text
+    assert "proof: masked and slim agree on 7 kinds of input" in text
+    assert sections["bench"]["verdicts"][0]["explanation"] in text
+    assert f"{sections['bench']['timings'][1]['median_ms']:.3f} ms" in text
+
+
+@pytest.mark.parametrize("missing", SECTIONS)
+def test_a_report_without_a_section_can_be_shown(missing: str, sections: dict[str, Any], tmp_path: Path) -> None:
+    for name in SECTIONS:
+        if name != missing:
+            update_section(tmp_path / "r", name, sections[name])
+    assert shown(run_summary(tmp_path / "r")).startswith("r ")
+
+
+@pytest.mark.parametrize("only", SECTIONS)
+def test_a_report_with_one_section_can_be_shown(only: str, sections: dict[str, Any], tmp_path: Path) -> None:
+    update_section(tmp_path / "r", only, sections[only])
+    assert shown(run_summary(tmp_path / "r")).startswith("r ")
+
+
+def test_brackets_in_names_survive(sections: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    assert NAME in shown(plain_table(("a[b]", "n"), [(NAME, 3)]))
+    assert "a[b]" in shown(plain_table(("a[b]", "n"), [(NAME, 3)]))
+    row = {"name": NAME, "op_type": "Conv", "before": 8, "after": 4, "macs_before": 10, "macs_after": 5}
+    text = shown(layer_table([row | {"kind": "linear", "parameters_before": 4, "parameters_after": 2}]))
+    assert NAME in text
+    assert "8 → 4" in text
+    value = dict.fromkeys(("channels", "constant", "aliases", "live", "kept"), 1) | {"value": NAME, "reader": NAME}
+    assert shown(value_table([value])).count(NAME) == 2
+    assert NAME in shown(warning(NAME))
+    bench = json.loads(json.dumps(sections["bench"]).replace('"slim"', json.dumps(NAME)))
+    assert NAME in shown(bench_summary(bench))
+    folder = tmp_path / "run[red]x"
+    shutil.copytree(run, folder)
+    assert "run[red]x" in shown(run_summary(folder))
+    assert "slim[red].onnx" in shown(slim_summary(sections["slim"], Path("slim[red].onnx")))
+
+
+def test_opaque_operators_are_shown(sections: dict[str, Any]) -> None:
+    text = shown(slim_summary(sections["slim"] | {"opaque": {"com.acme::Odd": 2}}, Path("x.onnx")))
+    assert "com.acme::Odd (2)" in text
+
+
+def test_nothing_removed_is_said_loudly(sections: dict[str, Any], tmp_path: Path) -> None:
+    update_section(tmp_path, "prune", sections["prune"])
+    assert loud(Findings(tmp_path)) == []
+    slim = sections["slim"] | {"removed_channels": 0}
+    update_section(tmp_path, "slim", slim)
+    assert len(loud(Findings(tmp_path))) == 1
+    assert "NOTHING WAS REMOVED" in shown(run_summary(tmp_path))
+    assert "NOTHING WAS REMOVED" in shown(slim_summary(slim, Path("x.onnx")))
+    assert "NOTHING WAS REMOVED" not in shown(slim_summary(sections["slim"], Path("x.onnx")))
+
+
+@pytest.mark.parametrize("word", ["slower", "not shown to be faster", "faster"])
+def test_not_faster_is_said_loudly(word: str, sections: dict[str, Any], tmp_path: Path) -> None:
+    bench = sections["bench"] | {"verdicts": [{"arm": "slim", "word": word, "explanation": "so it was measured"}]}
+    update_section(tmp_path, "bench", bench)
+    assert ("NOT FASTER: so it was measured" in shown(run_summary(tmp_path))) == (word != "faster")
+    assert f"{word.upper()}: so it was measured" in shown(bench_summary(bench))
+
+
+def test_warnings_of_all_sections_are_shown(sections: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("prune", "slim", "bench"):
+        update_section(tmp_path, name, sections[name] | {"warnings": [f"mind the {name}"]})
+    text = shown(run_summary(tmp_path))
+    assert all(f"note: mind the {name}" in text for name in ("prune", "slim", "bench"))
+
+
+def test_a_narrow_screen_cuts_nothing_off_the_totals(run: Path, sections: dict[str, Any]) -> None:
+    text = shown(run_summary(run), width=80)
+    assert f"{sections['slim']['macs']['after']:,}" in text
+
+
+def test_progress_is_silent_where_stderr_is_no_terminal(tmp_path: Path) -> None:
+    with (tmp_path / "err").open("w+") as stream:
+        with Live(Console(file=stream)).shown() as live:
+            live.note("working")
+            live.rounds(1, 5)
+        assert stream.tell() == 0
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "a[b].onnx", "a[/b].onnx", "a[bold]b.onnx"])
+def test_progress_shows_what_happens_on_a_terminal(name: str, tmp_path: Path) -> None:
+    with (tmp_path / "err").open("w+") as stream:
+        with Live(Console(file=stream, force_terminal=True, width=120)).shown() as live:
+            live.note(f"reading {name}")
+            live.training(Progress(epoch=2, epochs=4, step=5, steps=10, loss=0.25, lr=0.1))
+            live._progress.refresh()
+            live.note("timing")
+            live.rounds(3, 5)
+            live._progress.refresh()
+        stream.seek(0)
+        text = stream.read()
+    for part in (f"reading {name}", "epoch 2/4", "loss 0.250", "round 3/5"):
+        assert part in text
