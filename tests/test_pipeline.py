@@ -32,7 +32,8 @@ from prune2deploy.pipeline import normal_form, prune
 from prune2deploy.recipe import load_recipe
 
 FILES = {
-    *("recipe.toml", "groups.json", "masks.safetensors", "weights.safetensors", "analysis.onnx", "dense.onnx"),
+    *("recipe.toml", "groups.json", "masks.safetensors", "weights.safetensors", "dense.safetensors", "analysis.onnx"),
+    "dense.onnx",
     *("masked.onnx", "slim.onnx", "slim.json", "source_map.json", "report.json", "report.html", "log.jsonl", "lock"),
     "samples/bench.json",
 }
@@ -216,7 +217,7 @@ def test_the_dense_graph_is_the_network_as_it_came(which: str, request: pytest.F
     images, _ = real_digits()
     with torch.no_grad():
         expected = network.module(torch.from_numpy(images)).numpy()
-    difference = np.abs(expected - outputs(folder / "dense.onnx", "dense.safetensors", images)).max()
+    difference = np.abs(expected - outputs(folder / "dense.onnx", images)).max()
     assert difference <= 1e-5 * np.abs(expected).max()
 
 
