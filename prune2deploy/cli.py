@@ -319,8 +319,8 @@ def bench(
             found = pipeline.bench(models, note=live.note, on_progress=live.rounds, seed=seed, **given)
     section = found.to_json()
     _emit({"bench": section}, bench_summary(section), as_json=as_json)
-    if earlier is not None:
-        pipeline.require_no_slower(found, earlier)
+    if earlier is not None and against is not None:
+        pipeline.require_no_slower(found, earlier, against)
     if strict:
         slow = next((one for one in found.verdicts if one.word != "faster"), None)
         if slow is not None:

@@ -579,8 +579,8 @@ def earlier_ratio(against: Path, models: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
-def require_no_slower(found: Comparison, earlier: Mapping[str, Any]) -> None:
-    """Hold the last model's ratio against an earlier one.
+def require_no_slower(found: Comparison, earlier: Mapping[str, Any], against: Path) -> None:
+    """Hold the last model's ratio against the one that the report ``against`` measured.
 
     Raises:
         StrictError: if it lies above the earlier one, intervals considered.
@@ -588,7 +588,7 @@ def require_no_slower(found: Comparison, earlier: Mapping[str, Any]) -> None:
     ratio = found.ratios[-1]
     if ratio.low > earlier["high"]:
         raise StrictError(
-            f"'{ratio.arm}' takes {ratio.ratio:.3f} of the baseline's time where the earlier report measured "
+            f"'{ratio.arm}' takes {ratio.ratio:.3f} of the baseline's time where '{against}' measured "
             f"{earlier['ratio']:.3f} (intervals apart): it became slower"
         )
 
