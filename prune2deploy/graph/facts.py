@@ -11,16 +11,14 @@ from prune2deploy.graph.node import Node, Tables
 from prune2deploy.graph.rules import rule_for
 from prune2deploy.graph.rules.base import Rule, View
 
-CONSTANT_FIRST = frozenset({"Add", "Sub", "Mul", "Concat", "MatMul"})
-"""Operators whose first input may be the constant one."""
-
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What the forward sweep found: the facts of every value, and each node's rule (None: the node is opaque)."""
+    """What the forward sweep found: the facts of every value, each node's rule, and why a node has none."""
 
     view: View
     rules: tuple[Rule | None, ...]
+    opaque: dict[int, str]
 
 
 def channel_facts(tables: Tables) -> Known:
@@ -31,28 +29,48 @@ def channel_facts(tables: Tables) -> Known:
     }
     view = View(facts, numbers)
     rules: list[Rule | None] = []
+    opaque: dict[int, str] = {}
     for node in tables.nodes:
-        rule = _applicable(node, view)
-        found = None if rule is None else rule.facts(node, view)
-        if found is not None and not _fits(found, node):
-            found = None
-        rules.append(rule if found is not None else None)
+        rule = rule_for(node)
+        found = _found(node, rule, view)
+        made: list[Fact] = []
+        if isinstance(found, str):
+            opaque[node.index], rule = found, None
+        else:
+            made = found
+        rules.append(rule)
         for slot, operand in enumerate(node.outputs):
             if not operand.name:
                 continue
-            if found is not None and slot < len(found):
-                facts[operand.name] = found[slot]
+            if slot < len(made):
+                facts[operand.name] = made[slot]
             else:
                 facts[operand.name] = unknown(numbers, operand.rank or 0, ("opaque", node.index, slot))
-    return Known(view, tuple(rules))
+    return Known(view, tuple(rules), opaque)
 
 
-def _applicable(node: Node, view: View) -> Rule | None:
-    rule = rule_for(node)
+def _found(node: Node, rule: Rule | None, view: View) -> list[Fact] | str:
+    """Return a node's facts, or why it is opaque."""
+    if node.captured:
+        return "it holds a graph of its own"
+    if rule is None:
+        return "no rule covers this operator"
     values = [operand for operand in node.inputs if operand.is_value]
-    if rule is None or not values or any(operand.rank is None or operand.name not in view.facts for operand in values):
-        return None
-    return rule if node.inputs[0].is_value or node.op_type in CONSTANT_FIRST else None
+    if not values:
+        return "it reads nothing that is computed"
+    if any(operand.rank is None or operand.name not in view.facts for operand in values):
+        return "the rank of an input is not known"
+    strange = next((out.dtype for out in node.outputs if out.name and out.dtype not in rule.types), None)
+    if strange is not None:
+        return f"its result is of type {strange}"
+    if not (rule.constant_first or node.inputs[0].is_value):
+        return "its first input is a constant"
+    found = rule.facts(node, view)
+    if found is None:
+        return "this form of the operator is not covered"
+    if isinstance(found, str):
+        return found
+    return found if _fits(found, node) else "its shapes contradict each other or its constants are not finite"
 
 
 def _fits(found: list[Fact], node: Node) -> bool:

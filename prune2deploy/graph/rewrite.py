@@ -154,6 +154,7 @@ class _Writer:
     def __init__(self, graph: gs.Graph) -> None:
         self._graph = graph
         self._names = set(graph.tensors())
+        self._node_names = {node.name for node in graph.nodes}
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._shared: dict[str, list[tuple[np.ndarray, gs.Constant]]] = {}
@@ -165,6 +166,14 @@ class _Writer:
         while name in self._names:
             name, number = f"{wanted}_{number}", number + 1
         self._names.add(name)
+        return name
+
+    def fresh_node(self, wanted: str) -> str:
+        """Return a node name that is not in use."""
+        name, number = wanted, 1
+        while name in self._node_names:
+            name, number = f"{wanted}_{number}", number + 1
+        self._node_names.add(name)
         return name
 
     def constant(self, wanted: str, array: np.ndarray) -> gs.Constant:
@@ -239,29 +248,42 @@ class NodeEdit:
         if self._target.attrs.get(name, defaults.get(name)) != value:
             self._target.attrs[name] = value
 
+    def before(self, slot: int, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
+        """Put a node before an input; its other inputs are constants."""
+        source = self._target.inputs[slot]
+        made = gs.Variable(self._writer.fresh(f"{source.name}_{op_type.lower()}"), dtype=source.dtype)
+        node = self._node_of(op_type, attributes, [source, *self._tables(made.name, constants)], made)
+        self._target.inputs[slot] = made
+        self._writer.insert(node, self._target)
+
+    def after(self, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
+        """Put a node after the first output, which takes the output's name; its other inputs are constants."""
+        output = self._target.outputs[0]
+        partial = gs.Variable(self._writer.fresh(f"{output.name}_before_{op_type.lower()}"), dtype=output.dtype)
+        self._target.outputs[0] = partial
+        node = self._node_of(op_type, attributes, [partial, *self._tables(output.name, constants)], output)
+        self._writer.insert(node, self._target, after=True)
+
+    def _node_of(self, op_type: str, attributes: dict[str, object], inputs: list[gs.Tensor], out: gs.Tensor) -> gs.Node:
+        name = self._writer.fresh_node(f"{self._node.name}_{op_type.lower()}")
+        return gs.Node(op_type, name, attributes, inputs, [out])
+
+    def _tables(self, name: str, constants: tuple[np.ndarray, ...]) -> list[gs.Constant]:
+        return [self._writer.constant(self._writer.fresh(f"{name}_constant"), array) for array in constants]
+
     def gather(self, slot: int, axis: int, indices: np.ndarray) -> None:
         """Put a Gather before an input."""
-        source = self._target.inputs[slot]
-        name = self._writer.fresh(f"{source.name}_kept")
-        chosen = gs.Variable(name, dtype=source.dtype)
-        table = self._writer.constant(self._writer.fresh(f"{name}_indices"), indices.astype(np.int64))
-        node = gs.Node("Gather", f"{self._node.name}_gather{slot}", {"axis": axis}, [source, table], [chosen])
-        self._target.inputs[slot] = chosen
-        self._writer.insert(node, self._target)
+        self.before(slot, "Gather", {"axis": axis}, indices.astype(np.int64))
 
     def keep_inputs(self, slots: list[int]) -> None:
         """Remove every input slot that is not listed."""
         if len(slots) < len(self._target.inputs):
             self._target.inputs = [self._target.inputs[slot] for slot in slots]
 
-    def add_after(self, array: np.ndarray) -> None:
-        """Add a constant to the node's output; the sum takes the output's name."""
-        output = self._target.outputs[0]
-        partial = gs.Variable(self._writer.fresh(f"{output.name}_before_bias"), dtype=output.dtype)
-        bias = self._writer.constant(self._writer.fresh(f"{output.name}_bias"), array)
-        self._target.outputs[0] = partial
-        node = gs.Node("Add", f"{self._node.name}_bias", {}, [partial, bias], [output])
-        self._writer.insert(node, self._target, after=True)
+    def keep_outputs(self, slots: list[int]) -> None:
+        """Remove every output slot that is not listed; nothing may read it."""
+        if len(slots) < len(self._target.outputs):
+            self._target.outputs = [self._target.outputs[slot] for slot in slots]
 
     def bypass(self, slot: int) -> None:
         """Let the readers of the node's output read this input in its place."""

@@ -1,6 +1,6 @@
 """The rules: one visible table from operator to rule. An operator that is not here is opaque."""
 
-from prune2deploy.graph.node import FLOATS, Node
+from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules import channelwise, elementwise, linear, movement, pool, reshape
 from prune2deploy.graph.rules.base import Rule
 
@@ -36,7 +36,5 @@ RULES: dict[str, Rule] = {
 
 
 def rule_for(node: Node) -> Rule | None:
-    """Return the rule of a node's operator, or None: it is unknown, of a custom domain, or not on floats."""
-    if node.domain or node.captured:
-        return None
-    return RULES.get(node.op_type) if all(out.dtype in FLOATS for out in node.outputs if out.name) else None
+    """Return the rule of a node's operator, or None where it is unknown or of a custom domain."""
+    return None if node.domain else RULES.get(node.op_type)

@@ -7,21 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
 from prune2deploy.graph.constraints import FROZEN, Constraint, Equal, Ids, Positions
 from prune2deploy.graph.fact import Fact, Numbers
-from prune2deploy.graph.node import Node, Operand
+from prune2deploy.graph.node import FLOATS, Node, Operand
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The facts that rules read, and the numbers that they hand out."""
+    """The facts that rules read, the numbers that they hand out, and what they worked out before."""
 
     facts: Mapping[str, Fact]
     numbers: Numbers
+    _cache: dict[tuple[int, str], object] = field(default_factory=dict)
+
+    def once(self, node: Node, what: str, make: Callable[[], T]) -> T:
+        """Return what ``make`` gives for this node, made only once; the facts of its inputs must be final."""
+        key = (node.index, what)
+        if key not in self._cache:
+            self._cache[key] = make()
+        return cast(T, self._cache[key])
 
     def of(self, operand: Operand) -> Fact:
         """Return the fact of a value."""
@@ -102,20 +112,26 @@ class Edit(Protocol):
     def set_attribute(self, name: str, value: object) -> None:
         """Set an attribute."""
 
+    def before(self, slot: int, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
+        """Put a node before an input; its other inputs are constants."""
+
+    def after(self, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
+        """Put a node after the first output, which takes the output's name; its other inputs are constants."""
+
     def gather(self, slot: int, axis: int, indices: np.ndarray) -> None:
         """Put a Gather before an input."""
 
     def keep_inputs(self, slots: list[int]) -> None:
         """Remove every input slot that is not listed."""
 
-    def add_after(self, array: np.ndarray) -> None:
-        """Add a constant to the node's output."""
+    def keep_outputs(self, slots: list[int]) -> None:
+        """Remove every output slot that is not listed; nothing may read it."""
 
     def bypass(self, slot: int) -> None:
         """Let the readers of the node's output read this input in its place."""
 
 
-FactsFn = Callable[[Node, View], list[Fact] | None]
+FactsFn = Callable[[Node, View], list[Fact] | str | None]
 LiveFn = Callable[[Node, list[np.ndarray | None], View], dict[int, Demand]]
 TiesFn = Callable[[Node, Positions, View, frozenset[int]], Iterable[Constraint]]
 DropFn = Callable[[Node, Edit], None]
@@ -126,13 +142,16 @@ class Rule:
     """The rule of one operator.
 
     Attributes:
-        facts: input facts to output facts; None where this node is beyond the rule, which makes it opaque.
+        facts: input facts to output facts; where this node is beyond the rule, which makes it opaque, the reason in a
+            few words ("its weights are computed"), or None.
         live: live output positions to demands on the inputs; an input slot that is left out is not needed at all.
         ties: constraints between the positions of the inputs that are needed and of the outputs.
         drop: applies the kept positions to the node; it decides nothing.
         parts: how constant operands follow positions (what groups and the cost model are made of).
         work: the layer's multiply-adds, where it has any.
-        kinds: word for reports: ``linear``, ``norm``, ``activation``, ``elementwise``, ``pool``, ``movement``.
+        kind: word for reports: ``linear``, ``norm``, ``activation``, ``elementwise``, ``pool``, ``movement``.
+        types: the types that every output may have.
+        constant_first: whether the first input may be a constant.
     """
 
     facts: FactsFn
@@ -142,6 +161,8 @@ class Rule:
     kind: str
     parts: Callable[[Node, View], list[Part]] = field(default=lambda node, view: [])
     work: Callable[[Node, View], Work | None] = field(default=lambda node, view: None)
+    types: frozenset[str] = FLOATS
+    constant_first: bool = False
 
 
 def tie_axes(positions: Positions, a: tuple[str, int], b: tuple[str, int]) -> Iterable[Constraint]:

@@ -224,7 +224,7 @@ def elementwise(combine: Combine, *, absorbing_zero: bool) -> Rule:
             ]
         return found
 
-    return Rule(facts, live, ties, drop, "elementwise", parts)
+    return Rule(facts, live, ties, drop, "elementwise", parts, constant_first=True)
 
 
 def _keeps_domain(node: Node, slot: int) -> bool:

@@ -140,7 +140,7 @@ def write_matmul(node: Node, edit: Edit, weight: np.ndarray, bias: np.ndarray, g
     matrix = weight[:, :, 0]
     edit.set_constant(1 - slot, matrix.T if slot == 0 else matrix)
     if bias.any():
-        edit.add_after(bias.astype(matrix.dtype) if slot == 0 else bias.astype(matrix.dtype)[:, None])
+        edit.after("Add", {}, bias.astype(matrix.dtype) if slot == 0 else bias.astype(matrix.dtype)[:, None])
 
 
 def linear_rule(read: Reader, write: Writer, roles: Callable[[Node], list[tuple[int, int, str]]]) -> Rule:
@@ -203,7 +203,7 @@ def linear_rule(read: Reader, write: Writer, roles: Callable[[Node], list[tuple[
     def work(node: Node, view: View) -> Work | None:
         return _work(node, _must(read(node)))
 
-    return Rule(facts, live, ties, drop, "linear", parts, work)
+    return Rule(facts, live, ties, drop, "linear", parts, work, constant_first=True)
 
 
 def _tuple(signature: Hashable) -> tuple[Hashable, ...]:

@@ -161,7 +161,7 @@ def gather_if_needed(edit: Edit, slot: int, operand: Operand, axis: int, wanted:
         edit.gather(slot, axis, np.searchsorted(kept, wanted))
 
 
-CONCAT = Rule(_concat_facts, _concat_live, _concat_ties, _concat_drop, "movement")
+CONCAT = Rule(_concat_facts, _concat_live, _concat_ties, _concat_drop, "movement", constant_first=True)
 
 
 # --- Slice and Pad: one input; the output's position i along an axis comes from source[i], or is the padding (-1) ----
