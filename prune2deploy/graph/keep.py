@@ -47,6 +47,11 @@ class Analysis:
     liveness: Liveness
     keep: Keep
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything is to be removed."""
+        return bool(self.keep.removed or self.cuts() or len(self.liveness.needed) < len(self.tables.nodes))
+
     def cuts(self) -> list[tuple[int, int]]:
         """Return (node index, slot) of every computed operand that its reader no longer needs, in live nodes."""
         return [

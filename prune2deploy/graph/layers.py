@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -47,12 +47,16 @@ class Totals:
     unknown_macs: tuple[str, ...]
 
 
-def layer_rows(analysis: Analysis, written: Mapping[tuple[int, int], int] | None = None) -> list[LayerRow]:
+def layer_rows(
+    analysis: Analysis, written: Mapping[tuple[int, int], int] | None = None, gone: Set[int] = frozenset()
+) -> list[LayerRow]:
     """Return one row per convolution, linear layer and norm, in graph order; a layer that is gone has width 0.
 
-    ``written`` are the sizes of the constants that a rewrite wrote, by node index and slot (it may add a bias).
+    ``written`` are the sizes of the constants that a rewrite wrote, by node index and slot (it may add a bias), and
+    ``gone`` the indices of nodes that it removed besides those that are dead.
     """
-    return [row for node in analysis.tables.nodes if (row := _row(node, analysis, written or {})) is not None]
+    rows = [_row(node, analysis, written or {}, gone) for node in analysis.tables.nodes]
+    return [row for row in rows if row is not None]
 
 
 def totals(rows: list[LayerRow], when: When) -> Totals:
@@ -65,11 +69,13 @@ def totals(rows: list[LayerRow], when: When) -> Totals:
     )
 
 
-def _row(node: Node, analysis: Analysis, written: Mapping[tuple[int, int], int]) -> LayerRow | None:
+def _row(
+    node: Node, analysis: Analysis, written: Mapping[tuple[int, int], int], gone: Set[int]
+) -> LayerRow | None:
     rule = analysis.known.rules[node.index]
     if rule is None or rule.kind not in ("linear", "norm"):
         return None
-    alive = node.index in analysis.liveness.needed
+    alive = node.index in analysis.liveness.needed and node.index not in gone
     work = rule.work(node, analysis.known.view)
     counted = [part for part in rule.parts(node, analysis.known.view) if part.role not in ("mean", "var")]
     slots = sorted({part.slot for part in counted} | ({1, 2} & set(range(len(node.inputs)))))

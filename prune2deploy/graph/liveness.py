@@ -26,11 +26,13 @@ class Liveness:
         live: value -> bool in the layout of its fact. A value that is not here is needed by nobody.
         reader: value -> int32 in that layout: index of the node that needs the position, `GRAPH_OUTPUT` or `NOBODY`.
         needed: node index -> the input slots that the node still reads; nodes that are not here are dead.
+        constants: the values that are constant wherever they are live: each is written down, and its producer is dead.
     """
 
     live: dict[str, np.ndarray]
     reader: dict[str, np.ndarray]
     needed: dict[int, frozenset[int]]
+    constants: frozenset[str]
 
 
 def live_channels(tables: Tables, known: Known, forced: Set[tuple[int, ...]] = frozenset()) -> Liveness:
@@ -48,6 +50,7 @@ def live_channels(tables: Tables, known: Known, forced: Set[tuple[int, ...]] = f
     live: dict[str, np.ndarray] = {}
     reader: dict[str, np.ndarray] = {}
     needed: dict[int, frozenset[int]] = {}
+    constants: set[str] = set()
 
     def settle(value: str) -> np.ndarray | None:
         if value in demands:
@@ -56,6 +59,9 @@ def live_channels(tables: Tables, known: Known, forced: Set[tuple[int, ...]] = f
 
     for node in reversed(tables.nodes):
         outs = [settle(operand.name) if operand.name else None for operand in node.outputs]
+        if _is_constant(node, outs, known, tables):
+            constants.add(node.outputs[0].name)
+            continue
         if all(mask is None for mask in outs):
             continue
         wanted = _demands(node, outs, known)
@@ -71,7 +77,17 @@ def live_channels(tables: Tables, known: Known, forced: Set[tuple[int, ...]] = f
                 demands.setdefault(name, []).append((node.index, everything))
     for operand in tables.inputs:
         settle(operand.name)
-    return Liveness(live, reader, needed)
+    return Liveness(live, reader, needed, frozenset(constants))
+
+
+def _is_constant(node: Node, outs: list[np.ndarray | None], known: Known, tables: Tables) -> bool:
+    """Whether a node's result can be written down: constant on all live positions, of a shape that is known."""
+    if known.rules[node.index] is None or len(outs) != 1 or outs[0] is None:
+        return False
+    output = node.outputs[0]
+    if not known.view.of(output).constant[outs[0]].all() or output.shape is None:
+        return False
+    return all(isinstance(size, int) or size in tables.dimensions for size in output.shape)
 
 
 def _demands(node: Node, outs: list[np.ndarray | None], known: Known) -> dict[int, Demand]:

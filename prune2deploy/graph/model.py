@@ -134,11 +134,44 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     with G_LOGGER.suppress():  # it prints
         graph = gs.import_onnx(model)
         graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
-        if any(_foldable(node) for node in graph.nodes):
-            graph.fold_constants(size_threshold=SINGLE_FILE_BYTES, should_exclude_node=lambda node: node.op in RANDOM)
+    fold_constants(graph)
     remove_dead_nodes(graph)
     sort_nodes(graph)
     return graph
+
+
+def fold_constants(graph: gs.Graph) -> None:
+    """Compute what depends on constants alone, once and for all; an output that does is passed on by an Identity."""
+    if not any(_foldable(node) for node in graph.nodes):
+        return
+    outputs = {tensor.name for tensor in graph.outputs}
+
+    def stays(node: gs.Node) -> bool:
+        return node.op in RANDOM or any(tensor.name in outputs for tensor in node.outputs)
+
+    guards = [_guarded(graph, tensor) for tensor in graph.outputs if tensor.inputs]
+    with G_LOGGER.suppress():  # it prints
+        graph.fold_constants(size_threshold=SINGLE_FILE_BYTES, should_exclude_node=stays)
+    for guard in guards:
+        inner, output = guard.inputs[0], guard.outputs[0]
+        if not isinstance(inner, gs.Constant):  # as it was
+            guard.inputs.clear()
+            guard.outputs.clear()
+            graph.nodes.remove(guard)
+            redirect(inner, output)
+            producer = inner.inputs[0]
+            producer.outputs = [output if tensor is inner else tensor for tensor in producer.outputs]
+
+
+def _guarded(graph: gs.Graph, output: gs.Variable) -> gs.Node:
+    """Put an Identity before an output, so that its producer may be folded like any other node."""
+    inner = gs.Variable(f"{output.name}_unfolded", dtype=output.dtype, shape=output.shape)
+    producer = output.inputs[0]
+    redirect(output, inner)
+    producer.outputs = [inner if tensor is output else tensor for tensor in producer.outputs]
+    guard = gs.Node("Identity", f"{output.name}_constant", {}, [inner], [output])
+    graph.nodes.append(guard)
+    return guard
 
 
 def infer_shapes(model: onnx.ModelProto) -> None:
@@ -272,7 +305,7 @@ def remove_dead_nodes(graph: gs.Graph) -> None:
         if id(node) in alive:
             continue
         alive.add(id(node))
-        stack += [producer for tensor in _all_inputs(node) for producer in tensor.inputs]
+        stack += [producer for tensor in all_inputs(node) for producer in tensor.inputs]
     for node in graph.nodes:
         if id(node) not in alive:
             node.inputs.clear()
@@ -280,13 +313,14 @@ def remove_dead_nodes(graph: gs.Graph) -> None:
     graph.nodes = [node for node in graph.nodes if id(node) in alive]
 
 
-def _all_inputs(node: gs.Node) -> Iterable[gs.Tensor]:
+def all_inputs(node: gs.Node) -> Iterable[gs.Tensor]:
+    """Yield everything that a node reads, in its subgraphs too."""
     yield from node.inputs
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
             yield from value.outputs
             for inner in value.nodes:
-                yield from _all_inputs(inner)
+                yield from all_inputs(inner)
 
 
 def sort_nodes(graph: gs.Graph) -> None:
@@ -295,7 +329,7 @@ def sort_nodes(graph: gs.Graph) -> None:
     state: dict[int, str] = {}
     order: list[gs.Node] = []
     for root in graph.nodes:
-        stack = [(root, iter(list(_all_inputs(root))))] if id(root) not in state else []
+        stack = [(root, iter(list(all_inputs(root))))] if id(root) not in state else []
         while stack:
             node, inputs = stack[-1]
             state[id(node)] = "open"
@@ -305,7 +339,7 @@ def sort_nodes(graph: gs.Graph) -> None:
                     continue
                 if state.get(id(maker)) == "open":
                     raise InputError("the graph has a cycle, which ONNX does not allow; export it again")
-                stack.append((maker, iter(list(_all_inputs(maker)))))
+                stack.append((maker, iter(list(all_inputs(maker)))))
                 break
             else:
                 state[id(node)] = "done"

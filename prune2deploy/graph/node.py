@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import ml_dtypes  # noqa: F401
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.graph.fact import Shape
 
-FLOATS = frozenset({"float16", "float32", "float64"})
-"""Types that rules cover; onnx-graphsurgeon widens bfloat16 weights, so their storage precision is not at hand."""
+FLOATS = frozenset({"bfloat16", "float16", "float32", "float64"})
+"""The floating types that rules cover; numpy knows the first by name once ml_dtypes is imported."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,16 @@ class Tables:
     nodes: tuple[Node, ...]
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
+
+    @cached_property
+    def dimensions(self) -> dict[str, tuple[str, int]]:
+        """Where each named dimension can be had at run time: the graph's input and axis that carry it."""
+        found: dict[str, tuple[str, int]] = {}
+        for operand in self.inputs:
+            for axis, size in enumerate(operand.shape or ()):
+                if isinstance(size, str):
+                    found.setdefault(size, (operand.name, axis))
+        return found
 
     def readers(self) -> dict[str, list[int]]:
         """Return for each value the indices of the nodes that read it, subgraphs included."""

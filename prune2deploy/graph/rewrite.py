@@ -11,9 +11,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from prune2deploy import __version__
+from prune2deploy.graph.constants import write_constants
 from prune2deploy.graph.keep import Analysis, analyse
 from prune2deploy.graph.layers import LayerRow, layer_rows, totals
-from prune2deploy.graph.model import normalise, redirect, remove_dead_nodes, to_model
+from prune2deploy.graph.model import all_inputs, fold_constants, normalise, redirect, remove_dead_nodes, to_model
 from prune2deploy.graph.node import Node, Operand, tables
 from prune2deploy.graph.rules.base import View
 
@@ -30,6 +31,7 @@ class Slimmed:
         opaque: operator -> how many nodes of it no rule covers.
         removed_channels: channels removed from convolution and linear outputs, removed layers included.
         removed_layers: names of the convolution and linear layers that are gone altogether.
+        unread_inputs: inputs of the graph on which no output depends any more.
         seconds: time taken by ``normalise``, ``analysis`` and ``rewrite``.
     """
 
@@ -40,6 +42,7 @@ class Slimmed:
     opaque: dict[str, int]
     removed_channels: int
     removed_layers: list[str]
+    unread_inputs: list[str]
     seconds: dict[str, float]
 
     def report(self) -> dict[str, object]:
@@ -52,6 +55,7 @@ class Slimmed:
             "opaque": self.opaque,
             "removed_channels": self.removed_channels,
             "removed_layers": self.removed_layers,
+            "unread_inputs": self.unread_inputs,
             "idle_classes": self.analysis.idle_classes(),
             "seconds": self.seconds,
         }
@@ -69,13 +73,17 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     analysed = time.perf_counter()
     kept: dict[str, dict[str, dict[str, list[int]]]] = {"values": _kept_values(analysis), "initializers": {}}
     sizes: dict[tuple[int, int], int] = {}
-    if analysis.keep.removed or analysis.cuts() or len(analysis.liveness.needed) < len(analysis.tables.nodes):
+    gone: set[int] = set()
+    if analysis.changes:
+        targets = list(graph.nodes)
         sizes = _apply(graph, analysis)
+        left = {id(node) for node in graph.nodes}
+        gone = {index for index, node in enumerate(targets) if id(node) not in left}
         kept["initializers"] = _kept_initializers(analysis)
     slim = to_model(graph, model)
     stamp(slim, "prune2deploy.version", __version__)
     rewritten = time.perf_counter()
-    layers = layer_rows(analysis, sizes)
+    layers = layer_rows(analysis, sizes, gone)
     return Slimmed(
         model=slim,
         analysis=analysis,
@@ -84,12 +92,22 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
         opaque=opaque_operators(analysis),
         removed_channels=sum(row.before - row.after for row in layers),
         removed_layers=[row.name for row in layers if row.after == 0],
+        unread_inputs=_unread_inputs(graph, analysis),
         seconds={
             "normalise": normalised - start,
             "analysis": analysed - normalised,
             "rewrite": rewritten - analysed,
         },
     )
+
+
+def _unread_inputs(graph: gs.Graph, analysis: Analysis) -> list[str]:
+    """Return the inputs that were read before and whose values nothing reads now (at most their shape)."""
+    before = analysis.tables.readers()
+    read = {tensor.name for node in graph.nodes if node.op != "Shape" for tensor in all_inputs(node)}
+    passed = {tensor.name for tensor in graph.outputs}
+    names = [operand.name for operand in analysis.tables.inputs]
+    return [name for name in names if name in before and name not in read and name not in passed]
 
 
 def opaque_operators(analysis: Analysis) -> dict[str, int]:
@@ -127,7 +145,11 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> dict[tuple[int, int], int]:
         if node.index in analysis.liveness.needed and rule is not None:
             rule.drop(node, NodeEdit(analysis, node, target, writer))
     writer.place_nodes()
+    write_constants(graph, analysis)
     remove_dead_nodes(graph)
+    if analysis.liveness.constants:
+        fold_constants(graph)
+        remove_dead_nodes(graph)
     writer.name_constants()
     return writer.sizes
 
