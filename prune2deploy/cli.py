@@ -93,7 +93,12 @@ def _common(
 
 @app.command()
 def prune(
-    network: Annotated[str, typer.Argument(metavar="NETWORK", help="A name of 'p2d networks', or FILE.py:FACTORY.")],
+    network: Annotated[
+        str,
+        typer.Argument(
+            metavar="NETWORK|MODEL.onnx", help="A name of 'p2d networks', FILE.py:FACTORY, or an ONNX file."
+        ),
+    ],
     run: Out,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or .pt with tensors only.")] = None,
     data: Annotated[
@@ -112,6 +117,9 @@ def prune(
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Measure BatchNorm statistics anew after masking.")
     ] = False,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Real inputs of an ONNX file by name, as it takes them.")
+    ] = None,
     input_: Annotated[
         str | None, typer.Option("--input", metavar="NAME:SHAPE", help="Shape of one sample, as input:3,32,32.")
     ] = None,
@@ -122,21 +130,21 @@ def prune(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose the channels to remove, mask them, fine-tune, and write masks and weights to RUN."""
+    """Choose the channels to remove, mask them, fine-tune, and write masks and weights to RUN.
+
+    An ONNX file is pruned without PyTorch and slimmed at once; it is not fine-tuned.
+    """
     from prune2deploy import pipeline
     from prune2deploy.recipe import make_recipe, resolved
     from prune2deploy.report import read_report
     from prune2deploy.screen import run_summary
 
-    if network.endswith(".onnx"):
-        raise InputError(
-            f"'{network}' is an ONNX file: pruning needs the torch network; 'p2d slim {network}' removes dead channels"
-        )
     recipe = make_recipe(
         {
             "network": network,
             "weights": None if weights is None else str(weights),
             "data": data,
+            "samples": None if samples is None else str(samples),
             "method": method,
             "method_options": dict(_key_value(text) for text in option or []),
             "target": target,
@@ -155,7 +163,7 @@ def prune(
     with _live() as live:
         pipeline.prune(resolved(recipe, Path.cwd()), run, note=live.note, on_progress=live.training)
     _emit({"prune": read_report(run)["prune"]}, run_summary(run), as_json=as_json)
-    _say(f"next: p2d export {run}", as_json=as_json)
+    _say(f"next: p2d {'bench' if recipe.is_onnx else 'export'} {run}", as_json=as_json)
 
 
 def _say(text: str, *, as_json: bool) -> None:
@@ -236,19 +244,36 @@ def slim(
     target: Annotated[Path, typer.Option("-o", "--out", metavar="SLIM.onnx", help="The slim file.")],
     round_to: Annotated[int, typer.Option(min=1, help="Keep dead channels so that widths are multiples.")] = 1,
     rtol: Annotated[float, typer.Option(help="Difference allowed, relative to each output channel's scale.")] = 1e-4,
+    drop: Annotated[
+        Path | None,
+        typer.Option(metavar="DROP.json", help="Channels to silence first, by name; this changes the function."),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why each channel went, and what keeps each dead one that stayed.")
+    ] = False,
     input_: Shapes = None,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the dead channels of any ONNX file; the result is written only after it was verified."""
+    """Remove the dead channels of any ONNX file; the result is written only after it was verified.
+
+    A drop file holds {"conv1.weight": [0, 3]} by the names of weights or values, a pruning_history() of Torch-Pruning
+    as JSON, or the masks.safetensors of a run.
+    """
+    from rich.console import Group
+
     from prune2deploy import pipeline
-    from prune2deploy.screen import slim_summary
+    from prune2deploy.screen import reasons_tree, slim_summary
 
     with _live() as live:
         shapes = _shapes(input_)
-        slimmed = pipeline.slim(model, target, round_to=round_to, rtol=rtol, shapes=shapes, note=live.note)
+        slimmed = pipeline.slim(model, target, round_to=round_to, rtol=rtol, drops=drop, shapes=shapes, note=live.note)
     section = pipeline.slim_section(model, target, slimmed)
-    _emit({"slim": section}, slim_summary(section, target), as_json=as_json)
+    document, parts = {"slim": section}, [slim_summary(section, target)]
+    if explain:
+        document["explain"] = pipeline.reasons(model, slimmed)
+        parts.append(reasons_tree(document["explain"]))
+    _emit(document, Group(*parts), as_json=as_json)
     if strict and not slimmed.removed_channels:
         raise StrictError(f"no channel of '{model}' is dead")
 
@@ -344,7 +369,8 @@ def inspect(
 
     path = target / "masked.onnx" if target.is_dir() else target
     found = inspect_model(load_model(path))
-    totals = [(name, f"{found[name]['before']:,}", f"{found[name]['after']:,}") for name in ("macs", "parameters")]
+    named = (("MACs", "macs"), ("parameters", "parameters"), ("bytes", "bytes"))
+    totals = [(name, f"{found[key]['before']:,}", f"{found[key]['after']:,}") for name, key in named]
     parts: list[RenderableType] = [layer_table(found["layers"]), plain_table(("total", "now", "slim"), totals)]
     if values:
         parts.append(value_table(found["values"]))

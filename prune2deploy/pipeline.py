@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prune2deploy.backends.tensorrt import BuildReport
     from prune2deploy.data import Data
     from prune2deploy.graph.rewrite import Slimmed
+    from prune2deploy.graph.verify import Verification
     from prune2deploy.latency import Comparison
     from prune2deploy.networks import Network
 
@@ -134,10 +135,16 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
     Raises:
         InputError: if the recipe cannot be carried out; then nothing of an earlier run is changed.
     """
+    if recipe.is_onnx:
+        from prune2deploy.prune_onnx import prune_onnx
+
+        prune_onnx(recipe, run, note=note)
+        return
     from prune2deploy.export import export_network
     from prune2deploy.graph.groups import find_groups
     from prune2deploy.methods import load_method
 
+    _require_no_samples(recipe)
     method = load_method(recipe.method, **recipe.method_options)
     target = Target.parse(recipe.target)
     note("loading the network and the data")
@@ -145,18 +152,18 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
     module = task.network.module
     with locked(run):
         seconds: dict[str, float] = {}
-        with _timed(seconds, "export"):
+        with timed(seconds, "export"):
             note("finding the groups in the exported graph")
             analysis = export_network(module, task.network.example_inputs, fuse=False)
             serialized = analysis.model.SerializeToString(deterministic=True)
             groups = protect(find_groups(analysis.model), recipe.keep)
         weights = _arrays(task)
         dense = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        with _timed(seconds, "selection"):
+        with timed(seconds, "selection"):
             note(f"choosing channels by {recipe.method}")
             result = method.plan(weights, groups, target, round_to=recipe.round_to)
         outcome = _train(task, groups, result.keep, result.offsets, note, on_progress)
-        _forget_later_steps(run)
+        forget_later_steps(run)
         write_bytes(run / "analysis.onnx", serialized)
         write_json(run / "source_map.json", analysis.source_map)
         groups.save(run / "groups.json")
@@ -167,15 +174,21 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
         module.load_state_dict(dense)
         _save_weights(task, run / "dense.safetensors")
         save_recipe(recipe, run / "recipe.toml")
-        section = _prune_section(task, groups, result.keep, target) | outcome
+        section = prune_section(recipe, groups, result.keep, target) | outcome
         section["seconds"] = seconds | outcome["seconds"]
         section["method_report"] = result.report
         update_section(run, "prune", section)
         update_section(run, "environment", environment())
 
 
+def _require_no_samples(recipe: Recipe) -> None:
+    if recipe.samples is not None:
+        raise InputError(f"--samples is for ONNX files; give the images of '{recipe.network}' with --data")
+
+
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long the block takes."""
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 3)
@@ -190,7 +203,7 @@ def _arrays(task: Task) -> dict[str, np.ndarray]:
 LATER = ("log.jsonl", "dense.onnx", "masked.onnx", "slim.onnx", "slim.json", "report.html", "report.json")
 
 
-def _forget_later_steps(run: Path) -> None:
+def forget_later_steps(run: Path) -> None:
     """Remove what an earlier run's later commands wrote: it would describe another network."""
     for name in LATER:
         (run / name).unlink(missing_ok=True)
@@ -222,7 +235,7 @@ def _train(
     history: list[dict[str, Any]] = []
     if recipe.finetune.epochs:
         note("fine-tuning")
-        with _timed(seconds, "finetune"):
+        with timed(seconds, "finetune"):
             results = finetune(
                 module,
                 task.data,
@@ -255,7 +268,7 @@ def _accuracy(task: Task, name: str, note: Note, seconds: dict[str, float]) -> d
     from prune2deploy.train import evaluate
 
     note(f"measuring the accuracy ({name})")
-    with _timed(seconds, f"accuracy_{name}"):
+    with timed(seconds, f"accuracy_{name}"):
         found = evaluate(task.network.module, task.data.test, task.mean, task.std, device=task.recipe.device)
     return {"top1": found.top1, "images": found.images, "loss": found.loss}
 
@@ -276,8 +289,8 @@ def _save_weights(task: Task, path: Path) -> None:
     save_weights(task.network.module, path, metadata)
 
 
-def _prune_section(task: Task, groups: Groups, masks: Masks, target: Target) -> dict[str, Any]:
-    recipe = task.recipe
+def prune_section(recipe: Recipe, groups: Groups, masks: Masks, target: Target) -> dict[str, Any]:
+    """Return the report's section ``prune``, without what only training can tell."""
     full, kept = groups.full_widths(), widths(masks)
     costs = {
         name: {"dense": int(groups.cost.of(kind, full)), "pruned": int(groups.cost.of(kind, kept))}
@@ -329,6 +342,10 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
     from prune2deploy.networks import load_weights
 
     recipe = load_run(run)
+    if recipe.is_onnx:
+        from prune2deploy.prune_onnx import slim_again
+
+        return slim_again(run, recipe, note=note)
     with locked(run):
         note("loading the run")
         task = load_task(recipe, run / "weights.safetensors")
@@ -343,7 +360,7 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
         write_json(run / "source_map.json", read_json(run / "source_map.json") | exported.source_map)
         update_section(run, "export", {"opset": exported.model.opset_import[0].version, "torch_difference": agreement})
         slimmed = slim(run / "masked.onnx", run / "slim.onnx", samples=real_samples(task), run=run, note=note)
-        _require_promise(run, slimmed)
+        require_promise(run)
         return slimmed
 
 
@@ -376,7 +393,7 @@ def real_samples(task: Task) -> dict[str, np.ndarray]:
     return {"input": images.numpy()}
 
 
-def _require_promise(run: Path, slimmed: Slimmed) -> None:
+def require_promise(run: Path) -> None:
     """Note in the report where the slim graph does not cost what the cost model promised."""
     report = read_report(run)
     promised = report["prune"]["macs"]["pruned"]
@@ -408,47 +425,76 @@ def slim(
     samples: Mapping[str, np.ndarray] | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     rtol: float | None = None,
+    drops: Path | None = None,
     run: Path | None = None,
     note: Note = silent,
 ) -> Slimmed:
     """Remove the dead channels of an ONNX file; ``target`` appears only after it was verified against ``source``.
 
     Beside it ``slim.json`` (``NAME.json``) holds the kept old indices. With ``run`` the report's sections are written.
+    With ``drops`` the channels that this file names are silenced first: what that changes is measured and reported,
+    and the silenced graph is what the result is verified against.
 
     Raises:
-        InputError: if the source cannot be read.
+        InputError: if the source cannot be read, or the drops do not fit it.
         VerifyError: if the result differs from the source; then nothing is written.
     """
+    from prune2deploy.graph.drops import apply_drops, load_drops
     from prune2deploy.graph.model import load_model, save_model
     from prune2deploy.graph.rewrite import remove_dead_channels, stamp
-    from prune2deploy.graph.verify import RTOL, verify
+    from prune2deploy.graph.verify import RTOL, differences, verify
 
     _require_free(target, source)
+    wanted = None if drops is None else load_drops(drops)
     note(f"removing dead channels from {source.name}")
     start = time.perf_counter()
     model = load_model(source)
     read = time.perf_counter()
     digest = sha256(source)
-    slimmed = remove_dead_channels(model, round_to=round_to)
-    stamp(slimmed.model, "prune2deploy.source_sha256", digest)
-    slimmed.seconds["read"] = read - start
-    note(f"proving that {target.name} computes the same")
-    candidate = target.with_name(f".{target.name}.unverified.onnx")
-    try:
+    candidate, reference = target.with_name(f".{target.name}.unverified.onnx"), source
+    with _temporary(candidate), _temporary(target.with_name(f".{target.name}.silenced.onnx")) as silenced:
+        dropped = None if wanted is None else apply_drops(model, wanted)
+        if dropped is not None:
+            model, reference = dropped.model, silenced
+            save_model(model, reference)
+        slimmed = remove_dead_channels(model, round_to=round_to)
+        stamp(slimmed.model, "prune2deploy.source_sha256", digest)
+        slimmed.seconds["read"] = read - start
+        note(f"proving that {target.name} computes the same")
         save_model(slimmed.model, candidate)
-        found = verify(source, candidate, rtol=RTOL if rtol is None else rtol, samples=samples, shapes=shapes)
+        found = verify(reference, candidate, rtol=RTOL if rtol is None else rtol, samples=samples, shapes=shapes)
+        if dropped is not None:
+            note("measuring what the drops change")
+            changed = differences(source, reference, samples=samples, shapes=shapes)
+            slimmed = replace(slimmed, drops=_drops_section(dropped.channels, changed))
         start = time.perf_counter()
         save_model(slimmed.model, target)
         slimmed.seconds["write"] = time.perf_counter() - start
-    finally:
-        for path in (candidate, candidate.with_name(candidate.name + ".data")):
-            with suppress(OSError):  # what could not be made cannot be removed
-                path.unlink(missing_ok=True)
     write_json(target.with_suffix(".json"), {"schema_version": 1, "source_sha256": digest, **slimmed.kept})
     if run is not None:
         update_section(run, "slim", slim_section(source, target, slimmed))
         update_section(run, "verify", found.to_json())
     return slimmed
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Remove a temporary ONNX file, and its weights beside it, when the block ends."""
+    try:
+        yield path
+    finally:
+        for one in (path, path.with_name(path.name + ".data")):
+            with suppress(OSError):  # what could not be made cannot be removed
+                one.unlink(missing_ok=True)
+
+
+def _drops_section(channels: Mapping[str, int], changed: Verification) -> dict[str, object]:
+    """Return what the report says of drops: how many channels by name, and the largest change of every output.
+
+    ``scale`` is the largest magnitude of the output's channel that changed most, before.
+    """
+    outputs = [{"name": one.name, "change": one.difference, "scale": one.limit} for one in changed.outputs]
+    return {"channels": dict(channels), "cases": changed.cases, "outputs": outputs}
 
 
 def _require_free(target: Path, source: Path) -> None:
@@ -470,6 +516,18 @@ def slim_section(source: Path, target: Path, slimmed: Slimmed) -> dict[str, Any]
     section |= {"source": source.name, "bytes": {"before": source.stat().st_size, "after": target.stat().st_size}}
     section["warnings"] = [] if slimmed.removed_channels else ["nothing was removed: no channel of the graph is dead"]
     return section
+
+
+def reasons(source: Path, slimmed: Slimmed) -> list[dict[str, Any]]:
+    """Return why channels of a slimmed file went and what keeps dead ones, layer by layer.
+
+    Where ``source_map.json`` lies beside the file, as in a run, nodes are named by module and source line too.
+    """
+    from prune2deploy.graph.explain import explain
+
+    beside = source.with_name("source_map.json")
+    sources = read_json(beside) if beside.is_file() else {}
+    return [one.to_json() for one in explain(slimmed.analysis, sources if isinstance(sources, dict) else {})]
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -617,6 +675,7 @@ def walk(
     done = finished_steps(run, recipe) if resume else set()
     if "prune" not in done:
         prune(recipe, run, note=note, on_progress=on_progress)
+        done = {"prune", "slim"} if recipe.is_onnx else {"prune"}
     if "slim" not in done:
         export(run, note=note)
     if "bench" not in done:
@@ -636,8 +695,9 @@ def finished_steps(run: Path, recipe: Recipe) -> set[str]:
     if load_recipe(run / "recipe.toml") != recipe:
         raise InputError(f"'{run}' was made by another recipe; leave --resume out to start anew, or choose another -o")
     report = read_report(run)
+    weights = ("groups.json",) if recipe.is_onnx else ("weights.safetensors", "dense.safetensors", "analysis.onnx")
     files = {
-        "prune": ("masks.safetensors", "weights.safetensors", "dense.safetensors", "analysis.onnx"),
+        "prune": ("masks.safetensors", *weights),
         "slim": ("dense.onnx", "masked.onnx", "slim.onnx", "slim.json"),
     }
     done: set[str] = set()

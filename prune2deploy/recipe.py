@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import require_file, write_bytes
 
-PATH_FIELDS = ("weights",)
+PATH_FIELDS = ("weights", "samples")
 SPEC_FIELDS = ("network", "data")
-"""Fields of the form ``kind:PATH`` or ``PATH.py:factory``, whose paths are taken from the recipe's folder."""
+"""Fields like ``kind:PATH``, ``PATH.py:factory`` or ``PATH.onnx``, whose paths are taken from the recipe's folder."""
 
 
 Whole = Annotated[int, Field(strict=True)]
@@ -53,6 +53,7 @@ class Recipe(Strict):
     network: str
     weights: str | None = None
     data: str = "digits"
+    samples: str | None = None
     method: str = "l1"
     method_options: dict[str, Any] = Field(default_factory=dict)
     target: str = "macs=0.5"
@@ -68,6 +69,11 @@ class Recipe(Strict):
     threads: Whole | None = Field(default=None, ge=1)
     finetune: FineTuning = FineTuning()
     bench: Bench = Bench()
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether an ONNX file is pruned, without torch."""
+        return self.network.endswith(".onnx")
 
     def to_toml(self) -> str:
         """Return the recipe as TOML; what is None is left out."""
@@ -123,6 +129,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def _absolute_spec(spec: str, folder: Path) -> str:
     first, colon, rest = spec.partition(":")
+    if spec.endswith(".onnx"):
+        return str((folder / spec).resolve())
     if first.endswith(".py") and colon:
         return f"{(folder / first).resolve()}:{rest}"
     if colon and first in ("cifar10", "cifar100", "imagefolder"):

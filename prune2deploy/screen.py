@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from prune2deploy.findings import Findings
 
@@ -120,8 +121,8 @@ def _percent(accuracy: Mapping[str, Any]) -> str:
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the layers with their widths, MACs and parameters before and after."""
-    table = Table("layer", "operator", "width", "MACs", "parameters")
+    """Return the layers with their widths, MACs, parameters and bytes before and after."""
+    table = Table("layer", "operator", "width", "MACs", "parameters", "bytes")
     for row in rows:
         table.add_row(
             Text(row["name"]),
@@ -129,6 +130,7 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             _arrow(row["before"], row["after"]),
             _arrow(row["macs_before"], row["macs_after"]) if row["kind"] == "linear" else "",
             _arrow(row["parameters_before"], row["parameters_after"]),
+            _arrow(row["bytes_before"], row["bytes_after"]),
         )
     return table
 
@@ -158,9 +160,50 @@ def slim_summary(section: Mapping[str, Any], target: Path) -> RenderableType:
     if section["opaque"]:
         listed = ", ".join(f"{name} ({count})" for name, count in section["opaque"].items())
         lines.append(Text(f"operators without a rule, around which everything stays: {listed}"))
+    if section["unread_inputs"]:
+        names = ", ".join(f"'{name}'" for name in section["unread_inputs"])
+        lines.append(warning(f"NO OUTPUT DEPENDS ON {names} ANY MORE: what reads it was constant."))
+    if section.get("drops"):
+        lines.append(Text(_drops(section["drops"]), style="yellow"))
     if not section["removed_channels"]:
         lines.append(warning("NOTHING WAS REMOVED: no channel of this graph is dead."))
     return Group(*lines)
+
+
+def _drops(drops: Mapping[str, Any]) -> str:
+    """Return what was silenced first and what that changed; `slim` proves the rest against the silenced graph."""
+    listed = ", ".join(f"{name} ({count})" for name, count in drops["channels"].items())
+    changes = "; ".join(
+        f"'{one['name']}' by up to {one['change']:.2e} in a channel that reaches {one['scale']:.2e}"
+        for one in drops["outputs"]
+    )
+    return f"note: the function changed, as --drop asked: silenced {listed}; that moves {changes}"
+
+
+def reasons_tree(layers: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return why channels went and what keeps dead ones, layer by layer (of `LayerReasons.to_json`)."""
+    if not layers:
+        return Text("no layer lost channels or keeps dead ones")
+    tree = Tree("why")
+    for layer in layers:
+        change = "removed whole" if layer["gone"] else f"{layer['before']} → {layer['after']}"
+        branch = tree.add(Text(f"{layer['layer']} ({layer['op_type']}): {change}", style="bold"))
+        for name, title, style in (("removed", "removed", "green"), ("kept", "dead but kept", "yellow")):
+            for reason in layer[name]:
+                branch.add(Text(f"{title}: {_ranges(reason['channels'])}: {reason['why']}", style=style))
+    return tree
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Return indices in order with runs joined, as 0-3, 7; long lists end in a count."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in runs[:8]]
+    return ", ".join(shown) + (f", … ({len(indices)} in all)" if len(runs) > 8 else "")
 
 
 def bench_summary(section: Mapping[str, Any]) -> RenderableType:

@@ -290,8 +290,9 @@ def test_a_device_that_is_not_there_exits_with_4(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
-def test_an_onnx_file_cannot_be_pruned_and_the_message_says_what_can(run: Path, tmp_path: Path) -> None:
-    refused(p2d("prune", run / "dense.onnx", "-o", tmp_path / "run"), 2, "is an ONNX file", "p2d slim")
+def test_an_onnx_file_cannot_be_trained_and_the_message_says_so(run: Path, tmp_path: Path) -> None:
+    outcome = p2d("prune", run / "dense.onnx", "--finetune-epochs", 1, "-o", tmp_path / "run")
+    refused(outcome, 2, "is an ONNX file", "--finetune-epochs")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ def names(text: str = "") -> frozenset[str]:
     return frozenset(text.split())
 
 
-BASE = ("__init__", "errors", "files", "masks", "cost", "groups", "rounding", "report", "environment", "recipe")
+BASE = (
+    *("__init__", "errors", "files", "masks", "cost", "groups", "rounding", "report", "environment", "recipe"),
+    "silence",
+)
 PAGE = ("markup", "findings", "figures")
 ANY = ("",)
 TORCH_LAZY = names("torch torchvision timm safetensors sklearn PIL scipy onnx onnxscript")
@@ -46,6 +49,7 @@ TABLE = {
     "report": Row(BASE, names("numpy")),
     "environment": Row(BASE, names("numpy")),
     "masks": Row(BASE, names("numpy safetensors")),
+    "silence": Row(BASE, names("numpy")),
     "recipe": Row(BASE, names("numpy pydantic tomli_w")),
     # the torch column
     "networks": Row((*BASE, "networks"), names("numpy torch safetensors"), TORCH_LAZY),
@@ -72,6 +76,7 @@ TABLE = {
     "screen": Row((*BASE, *PAGE), names("rich")),
     # what joins the columns
     "pipeline": Row(ANY, names("numpy"), names("numpy scipy torch onnx onnx_graphsurgeon onnxruntime")),
+    "prune_onnx": Row(ANY, names("numpy"), names("torch onnx")),
     "pruner": Row(ANY, names("numpy torch")),
     "cli": Row(("__init__", "errors"), names("typer rich"), names("click"), ANY),
     "__main__": Row(("cli",)),

@@ -7,7 +7,8 @@ import onnx_graphsurgeon as gs
 
 from prune2deploy.graph.keep import Analysis
 from prune2deploy.graph.model import redirect
-from prune2deploy.graph.node import Operand, Tables
+from prune2deploy.graph.node import Operand
+from prune2deploy.graph.shapes import Sizes
 
 INLINE = 1024
 """Constants of up to so many elements are stored whole; a larger one is stored by channel and expanded."""
@@ -17,7 +18,7 @@ def write_constants(graph: gs.Graph, analysis: Analysis) -> None:
     """Replace every constant value of an analysed graph; the nodes that computed them lose their output."""
     tensors = graph.tensors()
     operands = {out.name: out for node in analysis.tables.nodes for out in node.outputs}
-    sizes = _Sizes(graph, analysis.tables)
+    sizes = Sizes(graph)
     made: list[gs.Node] = []
     for name in sorted(analysis.liveness.constants):
         variable, operand = tensors[name], operands[name]
@@ -26,14 +27,16 @@ def write_constants(graph: gs.Graph, analysis: Analysis) -> None:
         is_output = any(variable is output for output in graph.outputs)
         static = [size for size in shape if isinstance(size, int)]
         if len(static) == len(shape) and np.prod(static, dtype=np.int64) <= INLINE:
-            whole = gs.Constant(sizes.fresh(f"{name}_constant"), np.ascontiguousarray(np.broadcast_to(channels, static)))
+            whole = gs.Constant(
+                sizes.fresh(f"{name}_constant"), np.ascontiguousarray(np.broadcast_to(channels, static))
+            )
             if is_output:
                 made.append(gs.Node("Identity", f"{name}_constant", {}, [whole], [variable]))
             else:
                 redirect(variable, whole)
             continue
         small = gs.Constant(sizes.fresh(f"{name}_constant"), channels)
-        made.append(gs.Node("Expand", f"{name}_constant", {}, [small, sizes.of(shape)], [variable]))
+        made.append(gs.Node("Expand", f"{name}_constant", {}, [small, sizes.vector(shape)], [variable]))
     graph.nodes = [*sizes.nodes, *made, *graph.nodes]
 
 
@@ -49,44 +52,3 @@ def constant_of(operand: Operand, analysis: Analysis) -> tuple[np.ndarray, list[
         assert size is not None
         shape.append(size)
     return values.astype(operand.dtype), shape
-
-
-class _Sizes:
-    """Makes shapes at run time: named dimensions are read from the graph's inputs, each once."""
-
-    def __init__(self, graph: gs.Graph, tables: Tables) -> None:
-        self._graph, self._tables = graph, tables
-        self._names = set(graph.tensors())
-        self._known: dict[str, gs.Variable] = {}
-        self.nodes: list[gs.Node] = []
-
-    def fresh(self, wanted: str) -> str:
-        """Return a tensor name that is not in use."""
-        while wanted in self._names:
-            wanted += "_"
-        self._names.add(wanted)
-        return wanted
-
-    def of(self, shape: list[int | str]) -> gs.Tensor:
-        """Return a vector of sizes."""
-        if all(isinstance(size, int) for size in shape):
-            return gs.Constant(self.fresh("constant_shape"), np.array(shape, dtype=np.int64))
-        parts = [self._dimension(size) if isinstance(size, str) else self._constant(size) for size in shape]
-        joined = gs.Variable(self.fresh("constant_shape"), dtype=np.int64)
-        self.nodes.append(gs.Node("Concat", joined.name, {"axis": 0}, parts, [joined]))
-        return joined
-
-    def _constant(self, size: int) -> gs.Constant:
-        return gs.Constant(self.fresh(f"size_{size}"), np.array([size], dtype=np.int64))
-
-    def _dimension(self, name: str) -> gs.Variable:
-        if name not in self._known:
-            value, axis = self._tables.dimensions[name]
-            source = next(tensor for tensor in self._graph.inputs if tensor.name == value)
-            whole = gs.Variable(self.fresh(f"{value}_shape"), dtype=np.int64)
-            one = gs.Variable(self.fresh(f"{value}_size{axis}"), dtype=np.int64)
-            index = gs.Constant(self.fresh(f"{one.name}_index"), np.array([axis], dtype=np.int64))
-            self.nodes.append(gs.Node("Shape", whole.name, {}, [source], [whole]))
-            self.nodes.append(gs.Node("Gather", one.name, {"axis": 0}, [whole, index], [one]))
-            self._known[name] = one
-        return self._known[name]

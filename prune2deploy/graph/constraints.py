@@ -117,14 +117,20 @@ class Positions:
     def __init__(self) -> None:
         self._first: dict[tuple[str, int], tuple[int, int]] = {}
         self._tripwires: dict[int, tuple[int, ...]] = {}
+        self._values: set[str] = set()
         self.count = 1
 
     def add(self, value: str, layout: Sequence[int]) -> None:
         """Number the positions of a value with this layout; axes of size 1 have none."""
+        self._values.add(value)
         for axis, size in enumerate(layout):
             if size > 1:
                 self._first[value, axis] = (self.count, size)
                 self.count += size
+
+    def has(self, value: str) -> bool:
+        """Whether a value was added: one that nobody needs is not."""
+        return value in self._values
 
     def ids(self, value: str, axis: int) -> Ids | None:
         """Return the ids along an axis, or None where it has no positions of its own."""
@@ -188,9 +194,12 @@ def _pairs(constraint: Constraint, also_implied: bool) -> Iterable[tuple[Ids, Id
                 yield column[0], row
 
 
-def close(count: int, constraints: Sequence[Constraint], kept: np.ndarray) -> tuple[np.ndarray, Ids]:
+def close(
+    count: int, constraints: Sequence[Constraint], kept: np.ndarray, causes: dict[int, Constraint] | None = None
+) -> tuple[np.ndarray, Ids]:
     """Return a least superset of ``kept`` (bool by id) that satisfies every constraint, and the classes.
 
+    ``causes`` is filled with the constraint that added each class that holds nothing of ``kept``.
     Runs in time linear in the positions that constraints touch, times how often each constraint must be revisited.
     """
     class_of = classes(count, constraints)
@@ -214,6 +223,8 @@ def close(count: int, constraints: Sequence[Constraint], kept: np.ndarray) -> tu
         for class_id in new[~class_kept[new]].tolist():
             class_kept[class_id] = True
             kept[members(class_id)] = True
+            if causes is not None:
+                causes[class_id] = work[index]
             for other in touched_by.get(class_id, ()):
                 if not queued[other]:
                     queued[other] = True

@@ -50,10 +50,27 @@ class Numbers:
 
     def __init__(self) -> None:
         self._of_key: dict[Hashable, int] = {("one",): ONE}
+        self._undigested: dict[Hashable, Callable[[], bytes]] = {}
 
     def intern(self, key: Hashable) -> int:
         """Return the number of the function with this key."""
         return self._of_key.setdefault(key, len(self._of_key))
+
+    def of_row(self, mark: int, inputs: bytes, print_: tuple[int, int], digest_of: Callable[[], bytes]) -> int:
+        """Return the number of a linear layer's row that reads these inputs.
+
+        ``print_`` is a cheap mark that equal rows share. Only where another row has it too are both digested:
+        ``digest_of`` may be called later, for the sake of a row that is yet to come.
+        """
+        quick = (mark, inputs, print_)
+        known = self._of_key.get(quick)
+        if known is None:
+            self._undigested[quick] = digest_of
+            return self.intern(quick)
+        first = self._undigested.pop(quick, None)
+        if first is not None:
+            self._of_key[(mark, inputs, first())] = known
+        return self.intern((mark, inputs, digest_of()))
 
     def intern_all(self, keys: Iterable[Hashable]) -> np.ndarray:
         """Return the numbers of many keys, int64."""

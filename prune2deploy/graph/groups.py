@@ -17,7 +17,7 @@ from prune2deploy.graph.layers import layer_name
 from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import Node, Tables, tables
 from prune2deploy.graph.rules.base import Axis, Part
-from prune2deploy.graph.rules.channelwise import clip_bounds
+from prune2deploy.graph.rules.activation import clip_bounds
 from prune2deploy.groups import Group, Groups, Layer, Member
 
 COUNTED_ROLES = frozenset({"filter", "bias", "scale", "shift", "reader"})

@@ -24,6 +24,7 @@ def inspect_model(model: onnx.ModelProto) -> dict[str, Any]:
         "layers": [row.to_json() for row in rows],
         "macs": {"before": before.macs, "after": after.macs},
         "parameters": {"before": before.parameters, "after": after.parameters},
+        "bytes": {"before": sum(row.bytes_before for row in rows), "after": sum(row.bytes_after for row in rows)},
         "opaque": opaque_operators(analysis),
         "values": [_value_row(value, analysis) for value in analysis.liveness.live if _has_channels(value, analysis)][
             ::-1

@@ -46,6 +46,7 @@ class Analysis:
     known: Known
     liveness: Liveness
     keep: Keep
+    round_to: int = 1
 
     @property
     def changes(self) -> bool:
@@ -63,7 +64,7 @@ class Analysis:
 
     def idle_classes(self) -> int:
         """Return how many kept classes have no live member: channels that stay for a constraint's sake alone."""
-        live = _live_ids(self.keep.positions, self.liveness)
+        live = live_ids(self.keep.positions, self.liveness)
         kept = np.zeros(self.keep.positions.count, dtype=bool)
         for value, axis, first, size in self.keep.positions.blocks():
             kept[first : first + size] = self.keep.kept[value, axis]
@@ -73,13 +74,17 @@ class Analysis:
 
 def analyse(tables: Tables, *, round_to: int = 1) -> Analysis:
     """Return the facts, the liveness and the kept positions of a graph; nothing is written."""
-    known = channel_facts(tables)
+    return settle(tables, channel_facts(tables), round_to=round_to)
+
+
+def settle(tables: Tables, known: Known, *, round_to: int = 1) -> Analysis:
+    """Return the liveness and the kept positions of a graph whose facts are known."""
     forced: set[tuple[int, ...]] = set()
     while True:  # a reader's input that was left out and then kept for a count's sake comes back: rare, and monotone
         liveness = live_channels(tables, known, forced)
         keep, tripped = kept_channels(tables, known, liveness, round_to=round_to)
         if tripped <= forced:
-            return Analysis(tables, known, liveness, keep)
+            return Analysis(tables, known, liveness, keep, round_to)
         forced |= tripped
 
 
@@ -91,20 +96,27 @@ def kept_channels(
     for value in _in_order(tables, liveness):
         positions.add(value, known.view.facts[value].shape)
     blocks = list(positions.blocks())
-    constraints: list[Constraint] = [
-        Count((np.arange(first, first + size)[None],), always=True)  # no axis shrinks to 0
-        for _, _, first, size in blocks
-    ]
-    for node in tables.nodes:
-        if node.index in liveness.needed:
-            constraints += node_constraints(node, known, positions, liveness.needed[node.index])
-            constraints += _rounded(node, known, positions, round_to)
-    closed, class_of = close(positions.count, constraints, _live_ids(positions, liveness))
+    constraints = [constraint for _, constraint in owned_constraints(tables, known, liveness, positions, round_to)]
+    closed, class_of = close(positions.count, constraints, live_ids(positions, liveness))
     table = {(value, axis): closed[first : first + size] for value, axis, first, size in blocks}
     return Keep(table, class_of, positions), positions.tripped(closed)
 
 
-def _live_ids(positions: Positions, liveness: Liveness) -> np.ndarray:
+def owned_constraints(
+    tables: Tables, known: Known, liveness: Liveness, positions: Positions, round_to: int
+) -> Iterable[tuple[int, Constraint]]:
+    """Yield every constraint with the index of the node that makes it; -1 where it is not a node's."""
+    for _, _, first, size in positions.blocks():
+        yield -1, Count((np.arange(first, first + size)[None],), always=True)  # no axis shrinks to 0
+    for node in tables.nodes:
+        if node.index in liveness.needed:
+            for constraint in node_constraints(node, known, positions, liveness.needed[node.index]):
+                yield node.index, constraint
+            for constraint in _rounded(node, known, positions, round_to):
+                yield node.index, constraint
+
+
+def live_ids(positions: Positions, liveness: Liveness) -> np.ndarray:
     """Return which position ids are live, and the frozen one."""
     live = np.zeros(positions.count, dtype=bool)
     live[FROZEN] = True

@@ -20,7 +20,7 @@ class LayerRow:
     """One layer: its output width, MACs per sample and parameters (weights, bias, norm scale and shift).
 
     ``kind`` is ``linear`` for convolutions and linear layers, ``norm`` for norms (whose MACs are not counted).
-    MACs are None where the output's size is not known before run time.
+    MACs are None where the output's size is not known before run time. Bytes are those of the parameters as stored.
     """
 
     name: str
@@ -32,6 +32,8 @@ class LayerRow:
     macs_after: int | None
     parameters_before: int
     parameters_after: int
+    bytes_before: int
+    bytes_after: int
 
     def to_json(self) -> dict[str, object]:
         """Return the row as a JSON object."""
@@ -82,10 +84,11 @@ def _row(
     arrays = {slot: array for slot in slots if (array := node.constant(slot)) is not None}
     # A bias that the rewrite added; (a norm's statistics are written too, but are not counted)
     new = [slot for slot in (2,) if rule.kind == "linear" and (node.index, slot) in written and slot not in arrays]
-    parameters_after = sum(
-        written.get((node.index, slot), 0) or _parameters_kept(slot, array, counted, analysis)
+    after = {
+        slot: written.get((node.index, slot), 0) or _parameters_kept(slot, array, counted, analysis)
         for slot, array in arrays.items()
-    ) + sum(written[node.index, slot] for slot in new)
+    } | {slot: written[node.index, slot] for slot in new}
+    width_of = {slot: _bytes_each(node, slot) for slot in after}
     width = _width(node, work, analysis)
     return LayerRow(
         name=layer_name(node),
@@ -94,10 +97,22 @@ def _row(
         before=width[0],
         after=width[1] if alive else 0,
         macs_before=None if work is None else _macs(work, work.out_size, work.into_size),
-        macs_after=_macs_after(work, analysis) if alive else 0,
+        macs_after=macs_after(work, analysis) if alive else 0,
         parameters_before=sum(array.size for array in arrays.values()),
-        parameters_after=parameters_after if alive else 0,
+        parameters_after=sum(after.values()) if alive else 0,
+        bytes_before=sum(array.size * width_of[slot] for slot, array in arrays.items()),
+        bytes_after=sum(size * width_of[slot] for slot, size in after.items()) if alive else 0,
     )
+
+
+def _bytes_each(node: Node, slot: int) -> int:
+    """Return how many bytes an element of a constant takes; a bias that is added has the type of the weights."""
+    own = slot < len(node.inputs) and node.inputs[slot].array is not None
+    operand = node.inputs[slot] if own else next(item for item in node.inputs if item.array is not None)
+    if operand.stored is not None:
+        return int(operand.stored.integers.itemsize)
+    assert operand.array is not None
+    return int(operand.array.itemsize)
 
 
 def _parameters_kept(slot: int, array: np.ndarray, parts: list[Part], analysis: Analysis) -> int:
@@ -126,7 +141,8 @@ def _macs(work: Work, out: int, into: int) -> int:
     return work.coefficient * out * into // work.divisor
 
 
-def _macs_after(work: Work | None, analysis: Analysis) -> int | None:
+def macs_after(work: Work | None, analysis: Analysis) -> int | None:
+    """Return a layer's MACs with the kept channels."""
     if work is None:
         return None
     out = kept_size(work.out, work.out_size, analysis)
@@ -135,14 +151,14 @@ def _macs_after(work: Work | None, analysis: Analysis) -> int | None:
     into = kept_size(work.into, work.into_size, analysis)
     if work.divisor == 1:
         return _macs(work, out, into)
-    groups = active_groups(work, analysis)
-    return work.coefficient * out * into // max(groups, 1)
+    pairs = _by_group(work.out, work.out_size, work, analysis) * _by_group(work.into, work.into_size, work, analysis)
+    return work.coefficient * int(pairs.sum())
 
 
-def active_groups(work: Work, analysis: Analysis) -> int:
-    """Return how many groups of a grouped convolution remain."""
-    mask = analysis.keep.kept.get((work.out.value, work.out.axis))
-    return work.divisor if mask is None else int(mask.reshape(work.divisor, -1).any(axis=1).sum())
+def _by_group(axis: Axis, size: int, work: Work, analysis: Analysis) -> np.ndarray:
+    """Return the kept positions of an axis by group of a grouped convolution."""
+    mask = analysis.keep.kept.get((axis.value, axis.axis), np.ones(size, dtype=bool))
+    return np.asarray(mask.reshape(work.divisor, -1).sum(axis=1))
 
 
 def kept_size(axis: Axis, size: int, analysis: Analysis) -> int:

@@ -16,6 +16,9 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import publish, require_file, write_with
+from prune2deploy.graph.shapes import fold_shapes
+from prune2deploy.graph.shuffle import fuse_shuffles, restore_shuffles
+from prune2deploy.graph.stored import absorb_transposes, feeds_quantised
 
 log = logging.getLogger(__name__)
 
@@ -129,15 +132,36 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     if model.functions:
         model.CopyFrom(onnx.inliner.inline_local_functions(model))
     _lift_constants(model.graph)
+    _fill_sparse(model.graph)
     _remove_passing(model.graph)
-    infer_shapes(model)
-    with G_LOGGER.suppress():  # it prints
-        graph = gs.import_onnx(model)
-        graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
+    graph = _imported(model)
+    if any(node.op in ("Shape", "Size", "If") for node in graph.nodes):
+        fold_constants(graph)
+        fold_shapes(graph)
+        remove_dead_nodes(graph)
+        graph = _imported(_exported(graph, model))  # more shapes are known by now
+    absorb_transposes(graph)
     fold_constants(graph)
     remove_dead_nodes(graph)
     sort_nodes(graph)
+    fuse_shuffles(graph)
     return graph
+
+
+def _imported(model: onnx.ModelProto) -> gs.Graph:
+    infer_shapes(model)
+    with G_LOGGER.suppress():  # it prints
+        graph = gs.import_onnx(model)
+    graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
+    return graph
+
+
+def _exported(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
+    sort_nodes(graph)
+    with G_LOGGER.suppress():
+        model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    model.ir_version = like.ir_version
+    return model
 
 
 def fold_constants(graph: gs.Graph) -> None:
@@ -147,7 +171,7 @@ def fold_constants(graph: gs.Graph) -> None:
     outputs = {tensor.name for tensor in graph.outputs}
 
     def stays(node: gs.Node) -> bool:
-        return node.op in RANDOM or any(tensor.name in outputs for tensor in node.outputs)
+        return node.op in RANDOM or feeds_quantised(node) or any(tensor.name in outputs for tensor in node.outputs)
 
     guards = [_guarded(graph, tensor) for tensor in graph.outputs if tensor.inputs]
     with G_LOGGER.suppress():  # it prints
@@ -182,6 +206,7 @@ def infer_shapes(model: onnx.ModelProto) -> None:
     bare.functions.extend(model.functions)
     bare.graph.name = model.graph.name
     bare.graph.node.extend(model.graph.node)
+    stand_in(bare.graph)
     bare.graph.input.extend(model.graph.input)
     bare.graph.output.extend(model.graph.output)
     listed = {value.name for value in model.graph.input}
@@ -199,6 +224,18 @@ def infer_shapes(model: onnx.ModelProto) -> None:
     model.graph.value_info.extend(inferred.graph.value_info)
 
 
+NOT_INFERRED = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
+"""Operators that keep their input's shape, which onnx infers wrongly or not at all."""
+
+
+def stand_in(graph: onnx.GraphProto) -> None:
+    """Put an Identity in the place of operators that shape inference does not cover: the shapes are the same."""
+    for node in graph.node:
+        if node.op_type in NOT_INFERRED and node.domain in ("", "ai.onnx"):
+            node.op_type = "Identity"
+            del node.attribute[:], node.input[1:], node.output[1:]
+
+
 _SCALAR_FIELDS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
@@ -211,6 +248,19 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
         graph.node.remove(node)
+
+
+def _fill_sparse(graph: onnx.GraphProto) -> None:
+    """Turn sparse initializers into plain ones: nothing below looks at the others."""
+    for sparse in graph.sparse_initializer:
+        values, indices = (onnx.numpy_helper.to_array(part) for part in (sparse.values, sparse.indices))
+        dense = np.zeros(tuple(sparse.dims), dtype=values.dtype)
+        if indices.ndim == 1:
+            dense.reshape(-1)[indices] = values
+        else:
+            dense[tuple(indices.T)] = values
+        graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
+    del graph.sparse_initializer[:]
 
 
 def _constant_value(node: onnx.NodeProto) -> onnx.TensorProto | None:
@@ -286,7 +336,9 @@ _PASSING: dict[str, Callable[[onnx.NodeProto, Constants], bool]] = {
 
 def _foldable(node: gs.Node) -> bool:
     return node.op in ("Shape", "Size") or (
-        bool(node.inputs) and all(isinstance(tensor, gs.Constant) or tensor.is_empty() for tensor in node.inputs)
+        bool(node.inputs)
+        and all(isinstance(tensor, gs.Constant) or tensor.is_empty() for tensor in node.inputs)
+        and not feeds_quantised(node)
     )
 
 
@@ -350,12 +402,11 @@ def sort_nodes(graph: gs.Graph) -> None:
 
 def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
-    with G_LOGGER.suppress():
-        model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    restore_shuffles(graph)
+    model = _exported(graph, like)
     del model.graph.value_info[:]
     del model.opset_import[:]
     model.opset_import.extend(like.opset_import)
-    model.ir_version = like.ir_version
     del model.metadata_props[:]
     model.metadata_props.extend(like.metadata_props)
     for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):

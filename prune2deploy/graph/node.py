@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.graph.fact import Shape
+from prune2deploy.graph.stored import Stored, stored_in
 
 FLOATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 """The floating types that rules cover; numpy knows the first by name once ml_dtypes is imported."""
@@ -23,12 +24,16 @@ FLOATS = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """An input or output of a node: a value by name, or a constant with its array; an absent one has the name ''."""
+    """An input or output of a node: a value by name, or a constant with its array; an absent one has the name ''.
+
+    Of a constant that the graph keeps quantised, ``array`` are the dequantised values, and ``stored`` what it keeps.
+    """
 
     name: str
     array: np.ndarray | None
     shape: Shape | None
     dtype: str
+    stored: Stored | None = None
 
     @property
     def is_value(self) -> bool:
@@ -54,6 +59,8 @@ class Node:
     outputs: tuple[Operand, ...]
     captured: tuple[str, ...]
     opset: int
+    sizes_read: frozenset[int] | None = None
+    """Of a Shape: the axes whose sizes its readers take; None where a reader takes all."""
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Return an attribute, or the operator's default."""
@@ -119,11 +126,33 @@ def _node(node: gs.Node, index: int, opset: int) -> Node:
         op_type=node.op,
         domain="" if node.domain in (None, "ai.onnx") else node.domain,
         attributes={key: value for key, value in node.attrs.items() if not isinstance(value, gs.Graph)},
-        inputs=tuple(_operand(tensor) for tensor in node.inputs),
+        inputs=tuple(_input(tensor) for tensor in node.inputs),
         outputs=tuple(_operand(tensor) for tensor in node.outputs),
         captured=tuple(sorted({name for subgraph in subgraphs for name in _reads(subgraph)})),
         opset=opset,
+        sizes_read=_sizes_read(node) if node.op == "Shape" else None,
     )
+
+
+def _sizes_read(node: gs.Node) -> frozenset[int] | None:
+    """Return the axes whose sizes the readers of a Shape take, or None where one takes all of them."""
+    rank = None if node.inputs[0].shape is None else len(node.inputs[0].shape)
+    output = node.outputs[0]
+    if rank is None or not output.outputs:
+        return None
+    listed = np.arange(rank)[slice(node.attrs.get("start", 0), node.attrs.get("end", rank))]
+    taken: set[int] = set()
+    for reader in output.outputs:
+        constants = [tensor.values for tensor in reader.inputs[1:] if isinstance(tensor, gs.Constant)]
+        if reader.op not in ("Gather", "Slice") or len(constants) < len(reader.inputs) - 1:
+            return None if len(listed) == rank else frozenset(listed.tolist())
+        if reader.op == "Gather":
+            taken.update(listed[np.ravel(constants[0])].tolist())
+        elif constants and len(constants) < 4:
+            taken.update(listed[int(constants[0].ravel()[0]) : int(constants[1].ravel()[0])].tolist())
+        else:
+            taken.update(listed.tolist())
+    return frozenset(taken)
 
 
 def _reads(graph: gs.Graph) -> Iterator[str]:
@@ -136,6 +165,14 @@ def _reads(graph: gs.Graph) -> Iterator[str]:
         for value in node.attrs.values():
             if isinstance(value, gs.Graph):
                 yield from _reads(value)
+
+
+def _input(tensor: gs.Tensor) -> Operand:
+    stored = stored_in(tensor)
+    if stored is None:
+        return _operand(tensor)
+    array = stored.values()
+    return Operand(tensor.name, array, array.shape, str(array.dtype), stored)
 
 
 def _operand(tensor: gs.Tensor) -> Operand:

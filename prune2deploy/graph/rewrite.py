@@ -12,11 +12,15 @@ import onnx_graphsurgeon as gs
 
 from prune2deploy import __version__
 from prune2deploy.graph.constants import write_constants
+from prune2deploy.graph.fact import digest
 from prune2deploy.graph.keep import Analysis, analyse
 from prune2deploy.graph.layers import LayerRow, layer_rows, totals
 from prune2deploy.graph.model import all_inputs, fold_constants, normalise, redirect, remove_dead_nodes, to_model
 from prune2deploy.graph.node import Node, Operand, tables
-from prune2deploy.graph.rules.base import View
+from prune2deploy.graph.rules.base import Piece, View
+from prune2deploy.graph.shuffle import restore_shuffles
+from prune2deploy.graph.stored import Stored
+from prune2deploy.graph.uneven import GroupChoice, choose_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +35,10 @@ class Slimmed:
         opaque: operator -> how many nodes of it no rule covers.
         removed_channels: channels removed from convolution and linear outputs, removed layers included.
         removed_layers: names of the convolution and linear layers that are gone altogether.
+        groups: what was chosen for each grouped convolution whose groups need different numbers of channels.
         unread_inputs: inputs of the graph on which no output depends any more.
         seconds: time taken by ``normalise``, ``analysis`` and ``rewrite``.
+        drops: which channels were silenced before, by name, and what that changed; None where none were.
     """
 
     model: onnx.ModelProto
@@ -42,8 +48,10 @@ class Slimmed:
     opaque: dict[str, int]
     removed_channels: int
     removed_layers: list[str]
+    groups: list[GroupChoice]
     unread_inputs: list[str]
     seconds: dict[str, float]
+    drops: dict[str, object] | None = None
 
     def report(self) -> dict[str, object]:
         """Return the section ``slim`` of a report, without what only the caller knows."""
@@ -55,9 +63,11 @@ class Slimmed:
             "opaque": self.opaque,
             "removed_channels": self.removed_channels,
             "removed_layers": self.removed_layers,
+            "groups": [choice.to_json() for choice in self.groups],
             "unread_inputs": self.unread_inputs,
             "idle_classes": self.analysis.idle_classes(),
             "seconds": self.seconds,
+            **({} if self.drops is None else {"drops": self.drops}),
         }
 
 
@@ -69,7 +79,7 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     start = time.perf_counter()
     graph = normalise(model)
     normalised = time.perf_counter()
-    analysis = analyse(tables(graph), round_to=round_to)
+    analysis, groups = choose_groups(analyse(tables(graph), round_to=round_to))
     analysed = time.perf_counter()
     kept: dict[str, dict[str, dict[str, list[int]]]] = {"values": _kept_values(analysis), "initializers": {}}
     sizes: dict[tuple[int, int], int] = {}
@@ -79,7 +89,8 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
         sizes = _apply(graph, analysis)
         left = {id(node) for node in graph.nodes}
         gone = {index for index, node in enumerate(targets) if id(node) not in left}
-        kept["initializers"] = _kept_initializers(analysis)
+        written = graph.tensors()
+        kept["initializers"] = {name: axes for name, axes in _kept_initializers(analysis).items() if name in written}
     slim = to_model(graph, model)
     stamp(slim, "prune2deploy.version", __version__)
     rewritten = time.perf_counter()
@@ -92,6 +103,7 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
         opaque=opaque_operators(analysis),
         removed_channels=sum(row.before - row.after for row in layers),
         removed_layers=[row.name for row in layers if row.after == 0],
+        groups=groups,
         unread_inputs=_unread_inputs(graph, analysis),
         seconds={
             "normalise": normalised - start,
@@ -145,13 +157,23 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> dict[tuple[int, int], int]:
         if node.index in analysis.liveness.needed and rule is not None:
             rule.drop(node, NodeEdit(analysis, node, target, writer))
     writer.place_nodes()
+    restore_shuffles(graph)
     write_constants(graph, analysis)
     remove_dead_nodes(graph)
     if analysis.liveness.constants:
+        _forget_shapes(graph)
         fold_constants(graph)
         remove_dead_nodes(graph)
     writer.name_constants()
     return writer.sizes
+
+
+def _forget_shapes(graph: gs.Graph) -> None:
+    """Forget the inner shapes, which were those before removal."""
+    given = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and id(tensor) not in given:
+            tensor.shape = None
 
 
 def _kept_initializers(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
@@ -159,14 +181,16 @@ def _kept_initializers(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
     table: dict[str, dict[str, list[int]]] = {}
     for node in analysis.tables.nodes:
         rule = analysis.known.rules[node.index]
-        if rule is None or node.index not in analysis.liveness.needed:
-            continue
+        if rule is None or node.index not in analysis.liveness.needed or node.index in analysis.known.view.divided:
+            continue  # (the weights of a divided layer are no longer one tensor)
         for part in rule.parts(node, analysis.known.view):
             indices = analysis.keep.indices(part.axis.value, part.axis.axis)
             if indices is None:
                 continue
             chosen = np.flatnonzero(analysis.keep.kept[part.axis.value, part.axis.axis][part.of]).tolist()
-            table.setdefault(node.inputs[part.slot].name, {})[str(part.constant_axis)] = chosen
+            operand = node.inputs[part.slot]
+            name = operand.stored.source if operand.stored is not None else operand.name
+            table.setdefault(name, {})[str(part.constant_axis)] = chosen
     return dict(sorted(table.items()))
 
 
@@ -180,6 +204,7 @@ class _Writer:
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._shared: dict[str, list[tuple[np.ndarray, gs.Constant]]] = {}
+        self._stored: dict[str, list[tuple[bytes, gs.Variable]]] = {}
         self.sizes: dict[tuple[int, int], int] = {}
 
     def fresh(self, wanted: str) -> str:
@@ -200,13 +225,48 @@ class _Writer:
 
     def constant(self, wanted: str, array: np.ndarray) -> gs.Constant:
         """Return a constant with this array, one object for equal arrays that come from the same constant."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         versions = self._shared.setdefault(wanted, [])
         for known, constant in versions:
             if known.dtype == array.dtype and np.array_equal(known, array):
                 return constant
         versions.append((array, gs.Constant(self.fresh(wanted), array)))
         return versions[-1][1]
+
+    def stored(self, old: gs.Variable, stored: Stored, near: gs.Node) -> gs.Variable:
+        """Return a dequantised constant like ``old`` with other contents, one for equal contents."""
+        versions = self._stored.setdefault(old.name, [])
+        key = digest(*(array for array in (stored.integers, stored.scale, stored.zero_point) if array is not None))
+        found = next((variable for known, variable in versions if known == key), None)
+        if found is not None:
+            return found
+        dequantise = old.inputs[0]
+        first = dequantise.inputs[0]
+        if isinstance(first, gs.Constant):
+            source: gs.Tensor = self._again(first, stored.integers)
+        else:  # floats that are quantised at run time
+            quantise = first.inputs[0]
+            floats = self._again(quantise.inputs[0], stored.values())
+            source = gs.Variable(self.fresh(first.name), dtype=first.dtype)
+            self._copy_of(quantise, floats, stored, source, near)
+        made = gs.Variable(self.fresh(old.name), dtype=old.dtype)
+        self._copy_of(dequantise, source, stored, made, near)
+        versions.append((key, made))
+        return made
+
+    def _copy_of(self, node: gs.Node, first: gs.Tensor, stored: Stored, made: gs.Variable, near: gs.Node) -> None:
+        """Put a copy of one node of a quantised constant's pair beside its reader."""
+        scale, *rest = node.inputs[1:]
+        inputs = [first, self._again(scale, stored.scale)]
+        if stored.zero_point is not None:
+            inputs.append(self._again(rest[0], stored.zero_point))
+        copy = gs.Node(node.op, self.fresh_node(node.name or made.name), dict(node.attrs), inputs, [made])
+        self.insert(copy, near)
+
+    def _again(self, old: gs.Constant, array: np.ndarray) -> gs.Constant:
+        """Return the constant itself where it stays as it is, or its new version."""
+        same = old.values.dtype == array.dtype and np.array_equal(old.values, array)
+        return old if same else self.constant(old.name, array)
 
     def name_constants(self) -> None:
         """Give the first version of each constant its old name, unless the old constant itself is still read."""
@@ -215,10 +275,17 @@ class _Writer:
             used = [constant for _, constant in versions if constant.outputs]
             if used and wanted not in read:
                 used[0].name = wanted
+        outputs = {tensor.name for tensor in self._graph.outputs}
+        for wanted, stored in self._stored.items():
+            if wanted not in read and wanted not in outputs and stored[0][1].outputs:
+                stored[0][1].name = wanted
 
     def insert(self, node: gs.Node, near: gs.Node, *, after: bool = False) -> None:
         """Remember a new node beside an old one."""
-        (self._after if after else self._before).setdefault(id(near), []).append(node)
+        if after:  # a second one goes between the old node and the first
+            self._after.setdefault(id(near), []).insert(0, node)
+        else:
+            self._before.setdefault(id(near), []).append(node)
 
     def place_nodes(self) -> None:
         """Put the new nodes in their places."""
@@ -248,12 +315,20 @@ class NodeEdit:
         """Return the live positions of a value (bool, in its layout)."""
         return self._analysis.liveness.live[operand.name]
 
+    def is_needed(self, operand: Operand) -> bool:
+        """Whether anything needs a value."""
+        return operand.name in self._analysis.liveness.live
+
     def set_constant(self, slot: int, array: np.ndarray) -> None:
         """Replace (or add) a constant input."""
         inputs = self._target.inputs
         old = self._node.inputs[slot] if slot < len(self._node.inputs) else None
         same = old is not None and old.array is not None and old.array.dtype == array.dtype
         if same and old is not None and old.array is not None and np.array_equal(old.array, array):
+            return
+        stored = None if old is None or old.stored is None else self._stored_part(slot, old.stored).of_values(array)
+        if stored is not None:
+            self.set_stored(slot, stored)
             return
         while len(inputs) <= slot:
             inputs.append(gs.Variable.empty())
@@ -264,10 +339,30 @@ class NodeEdit:
         inputs[slot] = self._writer.constant(name, array)
         self._writer.sizes[self._node.index, slot] = array.size
 
+    def _stored_part(self, slot: int, stored: Stored) -> Stored:
+        """Return a quantised constant with the scales and zero points of what is kept along its axis."""
+        rule = self._analysis.known.rules[self._node.index]
+        parts = [] if rule is None or stored.axis is None else rule.parts(self._node, self.view)
+        part = next((part for part in parts if (part.slot, part.constant_axis) == (slot, stored.axis)), None)
+        mask = None if part is None else self._analysis.keep.kept.get((part.axis.value, part.axis.axis))
+        return stored if part is None or mask is None else stored.part(stored.integers, np.flatnonzero(mask[part.of]))
+
+    def set_stored(self, slot: int, stored: Stored) -> None:
+        """Let a quantised constant keep other integers, scales and zero points."""
+        old = self._node.inputs[slot].stored
+        assert old is not None
+        pairs = [(old.integers, stored.integers), (old.scale, stored.scale), (old.zero_point, stored.zero_point)]
+        self._writer.sizes[self._node.index, slot] = stored.integers.size
+        if all(before is after or np.array_equal(np.asarray(before), np.asarray(after)) for before, after in pairs):
+            return
+        self._target.inputs[slot] = self._writer.stored(self._target.inputs[slot], stored, self._target)
+
     def set_attribute(self, name: str, value: object) -> None:
-        """Set an attribute, unless it has this value already (given or by default)."""
+        """Set an attribute, unless it has this value already (given or by default); None removes it."""
         defaults = {"group": 1, "alpha": 1.0, "beta": 1.0, "allowzero": 0}
-        if self._target.attrs.get(name, defaults.get(name)) != value:
+        if value is None:
+            self._target.attrs.pop(name, None)
+        elif self._target.attrs.get(name, defaults.get(name)) != value:
             self._target.attrs[name] = value
 
     def before(self, slot: int, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
@@ -296,6 +391,35 @@ class NodeEdit:
     def gather(self, slot: int, axis: int, indices: np.ndarray) -> None:
         """Put a Gather before an input."""
         self.before(slot, "Gather", {"axis": axis}, indices.astype(np.int64))
+
+    def divide(self, slot: int, axis: int, out_axis: int, pieces: list[Piece]) -> None:
+        """Put several nodes in the place of this one: they split an input along ``axis`` and join their outputs."""
+        target, output = self._target, self._target.outputs[0]
+        dtype = output.dtype
+        shares = [gs.Variable(self._writer.fresh(f"{output.name}_input{i}"), dtype=dtype) for i in range(len(pieces))]
+        made = [gs.Variable(self._writer.fresh(f"{output.name}_part{i}"), dtype=dtype) for i in range(len(pieces))]
+        sizes = np.array([piece.size for piece in pieces], dtype=np.int64)
+        listed = self._tables(output.name, (sizes,)) if self._node.opset >= 13 else []
+        attributes: dict[str, object] = {"axis": axis} if listed else {"axis": axis, "split": sizes.tolist()}
+        name = self._writer.fresh_node(f"{self._node.name}_split")
+        self._writer.insert(gs.Node("Split", name, attributes, [target.inputs[slot], *listed], shares), target)
+        for i, (piece, share, part) in enumerate(zip(pieces, shares, made, strict=True)):
+            inputs: list[gs.Tensor] = [gs.Variable.empty() for _ in range(1 + max(slot, *piece.constants))]
+            inputs[slot] = share
+            for place, array in piece.constants.items():
+                old = self._node.inputs[place].name if place < len(self._node.inputs) else ""
+                inputs[place] = self._writer.constant(old or self._writer.fresh(f"{part.name}_input{place}"), array)
+                key = (self._node.index, place)
+                self._writer.sizes[key] = self._writer.sizes.get(key, 0) + array.size
+            if i == 0:  # the old node is the first
+                target.inputs, target.outputs = inputs, [part]
+                target.attrs.update(piece.attributes)
+            else:
+                own = self._writer.fresh_node(f"{self._node.name}_part{i}")
+                node = gs.Node(target.op, own, {**target.attrs, **piece.attributes}, inputs, [part])
+                self._writer.insert(node, target, after=True)
+        name = self._writer.fresh_node(f"{self._node.name}_concat")
+        self._writer.insert(gs.Node("Concat", name, {"axis": out_axis}, made, [output]), target, after=True)
 
     def keep_inputs(self, slots: list[int]) -> None:
         """Remove every input slot that is not listed."""

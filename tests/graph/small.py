@@ -8,7 +8,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from prune2deploy.graph.keep import Analysis, analyse
-from prune2deploy.graph.model import normalise
+from prune2deploy.graph.model import NOT_INFERRED, normalise, stand_in
 from prune2deploy.graph.node import tables
 from prune2deploy.graph.rewrite import Slimmed, remove_dead_channels
 from prune2deploy.graph.verify import verify
@@ -28,18 +28,25 @@ def graph(
     outputs: dict[str, list[Any]] | list[str],
     *,
     opset: int = 18,
-    element: int = TensorProto.FLOAT,
+    element: int | dict[str, int] = TensorProto.FLOAT,
 ) -> onnx.ModelProto:
-    """Return a checked model; constants keep the type of their array, outputs given by name get what onnx infers."""
+    """Return a checked model; constants keep the type of their array, outputs given by name get what onnx infers.
+
+    ``element`` is the type of the inputs and outputs, one for all or by name.
+    """
+    types = element if isinstance(element, dict) else dict.fromkeys([*inputs, *outputs], element)
     if isinstance(outputs, list):
-        open_ended = _model(nodes, constants, inputs, dict.fromkeys(outputs), opset, element)
+        open_types = {name: 0 if name in outputs else types[name] for name in [*inputs, *outputs]}
+        open_ended = _model(nodes, constants, inputs, dict.fromkeys(outputs), opset, open_types)
+        stand_in(open_ended.graph)
         inferred = onnx.shape_inference.infer_shapes(open_ended, data_prop=True)
         outputs = {
             value.name: [dim.dim_param or dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
             for value in inferred.graph.output
         }
-    model = _model(nodes, constants, inputs, outputs, opset, element)
-    onnx.checker.check_model(model, full_check=True)
+        types = types | {value.name: value.type.tensor_type.elem_type for value in inferred.graph.output}
+    model = _model(nodes, constants, inputs, outputs, opset, types)
+    onnx.checker.check_model(model, full_check=not any(node.op_type in NOT_INFERRED for node in nodes))
     return model
 
 
@@ -49,13 +56,16 @@ def _model(
     inputs: dict[str, list[Any]],
     outputs: dict[str, Any],
     opset: int,
-    element: int,
+    types: dict[str, int],
 ) -> onnx.ModelProto:
     made = helper.make_graph(
         nodes,
         "small",
-        [helper.make_tensor_value_info(name, element, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, element, shape) for name, shape in outputs.items()],
+        [helper.make_tensor_value_info(name, types[name], shape) for name, shape in inputs.items()],
+        [
+            helper.make_tensor_value_info(name, types[name], shape) if types[name] else onnx.ValueInfoProto(name=name)
+            for name, shape in outputs.items()
+        ],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)

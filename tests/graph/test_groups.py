@@ -182,14 +182,16 @@ def test_a_flattened_channel_takes_all_its_features_along() -> None:
     check_promise(model)
 
 
-def test_what_an_opaque_node_reads_is_in_no_group() -> None:
+@pytest.mark.parametrize("opaque", [True, False])
+def test_what_an_opaque_node_or_a_softmax_reads_is_in_no_group(opaque: bool) -> None:
     nodes = [
         node("Conv", ["x", "c.weight"], ["a"]),
-        node("Softmax", ["a"], ["s"]),
+        node("CenterCropPad", ["a", "size"], ["s"], axes=[2, 3]) if opaque else node("Softmax", ["a"], ["s"], axis=1),
         node("Conv", ["s", "d.weight"], ["y"]),
     ]
     constants = {"c.weight": weights(4, 3, 1, 1), "d.weight": weights(2, 4, 1, 1)}
-    assert find_groups(graph(nodes, constants, {"x": IMAGE}, {"y": ["N", 2, 6, 6]})).groups == ()
+    sizes = {"size": np.array([6, 6])} if opaque else {}
+    assert find_groups(graph(nodes, constants | sizes, {"x": IMAGE}, {"y": ["N", 2, 6, 6]})).groups == ()
 
 
 def test_groups_of_one_weight_that_two_nodes_share_count_it_once() -> None:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node as node
 
 import prune2deploy.graph.model as model_module
-from graph.small import copy_of, graph, initializer, operators, parse, run, weights
+from graph.small import copy_of, graph, initializer, operators, parse, run, slim_and_verify, weights
 from prune2deploy.errors import InputError
 from prune2deploy.graph.model import load_model, normalise, save_model, to_model
 from prune2deploy.graph.rewrite import remove_dead_channels
@@ -240,3 +240,44 @@ def test_an_initializer_of_every_type_survives(tmp_path: Path) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.ones(3, kind), np.dtype(kind).name))
     save_model(model, tmp_path / "m.onnx")
     assert load_model(tmp_path / "m.onnx") == model
+
+
+@pytest.mark.parametrize(("condition", "width"), [(True, 4), (False, 5)])
+def test_an_if_with_a_constant_condition_is_its_branch(condition: bool, width: int) -> None:
+    def branch(weight: str) -> onnx.GraphProto:
+        inner = [node("Conv", ["a", weight], ["t"]), node("Relu", ["t"], ["o"])]
+        return onnx.helper.make_graph(inner, weight, [], [onnx.helper.make_tensor_value_info("o", 1, None)])
+
+    constants = {
+        "w": weights(4, 3, 1, 1, zero=(1,)),
+        "c": np.array(condition),
+        "v": weights(5, 4, 1, 1, zero=(2,)),
+        "u": weights(5, 4, 1, 1),
+        "z": weights(2, 5, 1, 1),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("If", ["c"], ["i"], then_branch=branch("v"), else_branch=branch("u")),
+        node("Conv", ["i", "z"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": IMAGE}, {"y": ["N", 2, 6, 6]}))
+    assert [row.after for row in slimmed.layers] == [3, width, 2]
+    assert slimmed.opaque == {}
+
+
+def test_sparse_initializers_are_read() -> None:
+    dense = weights(4, 3, 1, 1, zero=(1, 2))
+    model = graph(
+        [node("Conv", ["x", "w"], ["a"]), node("Conv", ["a", "v"], ["y"])],
+        {"w": dense, "v": weights(2, 4, 1, 1)},
+        {"x": IMAGE},
+        {"y": ["N", 2, 6, 6]},
+    )
+    places = np.flatnonzero(dense)
+    values = onnx.numpy_helper.from_array(dense.ravel()[places], "w")
+    indices = onnx.numpy_helper.from_array(places.astype(np.int64), "w_indices")
+    sparse = onnx.helper.make_sparse_tensor(values, indices, dense.shape)
+    model.graph.initializer.remove(next(tensor for tensor in model.graph.initializer if tensor.name == "w"))
+    model.graph.sparse_initializer.append(sparse)
+    slimmed = slim_and_verify(model)
+    assert [row.after for row in slimmed.layers] == [2, 2]

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 from onnx.helper import make_node as node
 
 from graph.small import graph, initializer, kept, operators, run, slim_and_verify, weights
+from prune2deploy.graph.explain import explain
 from prune2deploy.graph.model import load_model
 from prune2deploy.graph.rewrite import remove_dead_channels
 from prune2deploy.graph.verify import verify
@@ -179,19 +180,32 @@ def test_the_border_of_a_padded_convolution_is_right_where_a_constant_was_folded
     assert slimmed.removed_channels == 1
 
 
-def test_a_statistic_over_channels_keeps_them_all_and_is_counted() -> None:
-    constants = {"w": weights(4, 3, 1, 1, zero=DEAD)}
-    nodes = [node("Conv", ["x", "w"], ["a"]), node("Softmax", ["a"], ["y"], axis=1)]
-    model = graph(nodes, constants, {"x": IMAGE}, {"y": ["N", 4, 6, 6]})
-    slimmed = slim_and_verify(model)
-    assert (slimmed.removed_channels, slimmed.opaque) == (0, {"Softmax": 1})
+@pytest.mark.parametrize("op", ["Softmax", "LayerNormalization", "LpNormalization", "LRN"])
+def test_a_statistic_over_channels_keeps_them_all_and_is_named(op: str) -> None:
+    extra = {
+        "Softmax": {"axis": 1},
+        "LayerNormalization": {"axis": 1},
+        "LpNormalization": {"axis": 1},
+        "LRN": {"size": 3},
+    }
+    constants = {"w": weights(4, 3, 1, 1, zero=DEAD), "v": weights(2, 4, 1, 1)}
+    scale = {"scale": weights(4, 6, 6)} if op == "LayerNormalization" else {}
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], name="first"),
+        node(op, ["a", *scale], ["s"], name="mix", **extra[op]),
+        node("Conv", ["s", "v"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants | scale, {"x": IMAGE}, {"y": ["N", 2, 6, 6]}))
+    assert (slimmed.removed_channels, slimmed.opaque) == (0, {})
+    (kept,) = explain(slimmed.analysis)[0].kept
+    assert (kept.channels, kept.details["node"]) == (list(DEAD), "mix")
 
 
-def test_a_mean_over_channels_keeps_them_all_and_is_counted() -> None:
+def test_a_mean_over_channels_lets_them_go_and_keeps_its_denominator() -> None:
     constants = {"w": weights(4, 3, 1, 1, zero=DEAD), "axes": ints(1)}
     nodes = [node("Conv", ["x", "w"], ["a"]), node("ReduceMean", ["a", "axes"], ["y"])]
     slimmed = slim_and_verify(graph(nodes, constants, {"x": IMAGE}, {"y": ["N", 1, 6, 6]}))
-    assert (slimmed.removed_channels, slimmed.opaque) == (0, {"ReduceMean": 1})
+    assert (slimmed.removed_channels, slimmed.opaque) == (2, {})
 
 
 # --- groups, broadcasts, shapes ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from onnx.helper import make_node as node
 
 import prune2deploy.graph.verify as verify_module
@@ -171,4 +171,19 @@ def test_verify_knows_nothing_of_the_analysis() -> None:
     tree = ast.parse(Path(str(verify_module.__file__)).read_text())
     imported = {name.name for item in ast.walk(tree) if isinstance(item, ast.Import) for name in item.names}
     imported |= {item.module or "" for item in ast.walk(tree) if isinstance(item, ast.ImportFrom)}
-    assert {name for name in imported if name.startswith("prune2deploy")} == {"prune2deploy.errors"}
+    own = {"prune2deploy.errors", "prune2deploy.graph.float32"}
+    assert {name for name in imported if name.startswith("prune2deploy")} == own
+
+
+@pytest.mark.parametrize("element", [TensorProto.DOUBLE, TensorProto.BFLOAT16])
+def test_types_without_kernels_are_compared_in_float32(element: int) -> None:
+    made = []
+    for slope in (1.0, 1.001):
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
+        weight = (slope * weights(2, 3, 3, 3)).astype(dtype)
+        nodes = [node("Conv", ["x", "w"], ["y"])]
+        made.append(graph(nodes, {"w": weight}, {"x": IMAGE}, {"y": ["N", 2, 4, 4]}, opset=22, element=element))
+    assert verify(data(made[0]), data(made[0])).computed_in == "float32"
+    if element == TensorProto.DOUBLE:  # a thousandth is less than bfloat16 can tell
+        with pytest.raises(VerifyError, match="differs"):
+            verify(data(made[0]), data(made[1]))

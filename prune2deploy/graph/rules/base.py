@@ -14,16 +14,21 @@ import numpy as np
 from prune2deploy.graph.constraints import FROZEN, Constraint, Equal, Ids, Positions
 from prune2deploy.graph.fact import Fact, Numbers
 from prune2deploy.graph.node import FLOATS, Node, Operand
+from prune2deploy.graph.stored import Stored
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The facts that rules read, the numbers that they hand out, and what they worked out before."""
+    """The facts that rules read, the numbers that they hand out, and what they worked out before.
+
+    ``divided`` are the grouped layers (by node index) whose groups may keep different numbers of channels.
+    """
 
     facts: Mapping[str, Fact]
     numbers: Numbers
+    divided: frozenset[int] = frozenset()
     _cache: dict[tuple[int, str], object] = field(default_factory=dict)
 
     def once(self, node: Node, what: str, make: Callable[[], T]) -> T:
@@ -94,6 +99,15 @@ class Work:
     padded: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One of the nodes that a node is divided into: its share of the input's axis, its constants and attributes."""
+
+    size: int
+    constants: dict[int, np.ndarray]
+    attributes: dict[str, object]
+
+
 class Edit(Protocol):
     """The kept positions as a rule's ``drop`` sees them, and the only ways in which it may change its node."""
 
@@ -106,20 +120,32 @@ class Edit(Protocol):
     def live(self, operand: Operand) -> np.ndarray:
         """Return the live positions of a value (bool, in its layout)."""
 
+    def is_needed(self, operand: Operand) -> bool:
+        """Whether anything needs a value."""
+
     def set_constant(self, slot: int, array: np.ndarray) -> None:
         """Replace (or add) a constant input."""
 
+    def set_stored(self, slot: int, stored: Stored) -> None:
+        """Let a quantised constant keep other integers, scales and zero points."""
+
     def set_attribute(self, name: str, value: object) -> None:
-        """Set an attribute."""
+        """Set an attribute; None removes it."""
 
     def before(self, slot: int, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
         """Put a node before an input; its other inputs are constants."""
 
     def after(self, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
-        """Put a node after the first output, which takes the output's name; its other inputs are constants."""
+        """Put a node after the first output, which takes the output's name; its other inputs are constants.
+
+        A second one goes between the node and the first.
+        """
 
     def gather(self, slot: int, axis: int, indices: np.ndarray) -> None:
         """Put a Gather before an input."""
+
+    def divide(self, slot: int, axis: int, out_axis: int, pieces: list[Piece]) -> None:
+        """Put several nodes in the place of this one: they split an input along ``axis`` and join their outputs."""
 
     def keep_inputs(self, slots: list[int]) -> None:
         """Remove every input slot that is not listed."""
@@ -149,7 +175,8 @@ class Rule:
         drop: applies the kept positions to the node; it decides nothing.
         parts: how constant operands follow positions (what groups and the cost model are made of).
         work: the layer's multiply-adds, where it has any.
-        kind: word for reports: ``linear``, ``norm``, ``activation``, ``elementwise``, ``pool``, ``movement``.
+        kind: word for reports: ``linear``, ``norm``, ``activation``, ``elementwise``, ``product``, ``pool``,
+            ``movement``.
         types: the types that every output may have.
         constant_first: whether the first input may be a constant.
     """

@@ -1,17 +1,15 @@
-"""Operators that treat every position on its own and keep the layout: activations, BatchNormalization, Cast."""
+"""Operators that treat every position on its own and keep the layout: Identity, Dropout, BatchNormalization."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
 from prune2deploy.graph.constraints import Constraint, Positions
 from prune2deploy.graph.fact import Fact, make, with_layout
-from prune2deploy.graph.node import FLOATS, Node
+from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules.base import Axis, Demand, Edit, Part, Rule, View, tie_axes
-
-Evaluate = Callable[[Node], Callable[[np.ndarray], np.ndarray] | None]
 
 
 def same_layout_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
@@ -29,74 +27,6 @@ def same_layout_ties(node: Node, positions: Positions, view: View, needed: froze
 
 def nothing_to_drop(node: Node, edit: Edit) -> None:
     """Leave a node as it is: nothing in it depends on the kept positions."""
-
-
-def activation(evaluate: Evaluate, *, homogeneous: bool = False) -> Rule:
-    """Return the rule of an elementwise function of one input.
-
-    ``evaluate`` returns the function on float64 arrays, or None where the node is beyond the rule. A positively
-    homogeneous function (f(s x) = s f(x) for s > 0) passes a positive scale on.
-    """
-
-    def facts(node: Node, view: View) -> list[Fact] | None:
-        function = evaluate(node)
-        if function is None:
-            return None
-        fact = view.of(node.inputs[0])
-        constants = tuple(None if part.array is None else part.array.tobytes() for part in node.inputs[1:])
-        signature = (node.op_type, str(sorted(node.attributes.items())), constants)
-        plain = fact.shift == 0
-        passed = plain & (fact.scale > 0) if homogeneous else np.zeros(fact.shape, dtype=bool)
-        keyed = Fact(fact.number, np.where(passed, 1.0, fact.scale), fact.shift)
-        number = view.numbers.of_facts(signature, keyed)
-        with np.errstate(all="ignore"):
-            value = _in_type(function(fact.shift), node)
-        if not np.isfinite(value[fact.constant]).all():
-            return None
-        scale = np.where(fact.constant, 0.0, np.where(passed, fact.scale, 1.0))
-        return [make(number, scale, np.where(fact.constant, value, 0.0))]
-
-    return Rule(facts, same_layout_live, same_layout_ties, nothing_to_drop, "activation")
-
-
-def _in_type(value: np.ndarray, node: Node) -> np.ndarray:
-    """Round to the precision in which the graph computes."""
-    dtype = node.outputs[0].dtype
-    return value.astype(dtype).astype(np.float64) if dtype in ("float16", "float32") else value
-
-
-def _clip(node: Node) -> Callable[[np.ndarray], np.ndarray] | None:
-    if node.opset < 11:
-        low, high = node.attribute("min", -np.inf), node.attribute("max", np.inf)
-    else:
-        if any(operand is not None and operand.array is None for operand in (node.input(1), node.input(2))):
-            return None
-        low, high = (
-            default if bound is None or not bound.size else float(bound.ravel()[0])
-            for bound, default in ((node.constant(1), -np.inf), (node.constant(2), np.inf))
-        )
-    return lambda x: np.minimum(np.maximum(x, low), high)
-
-
-def clip_bounds(node: Node) -> tuple[float, float] | None:
-    """Return the bounds of a Clip, or None where they are computed."""
-    function = _clip(node)
-    return None if function is None else (float(function(np.array(-np.inf))), float(function(np.array(np.inf))))
-
-
-def _cast(node: Node) -> Callable[[np.ndarray], np.ndarray] | None:
-    return (lambda x: x) if {node.inputs[0].dtype, node.outputs[0].dtype} <= FLOATS else None
-
-
-RELU = activation(lambda node: lambda x: np.maximum(x, 0.0), homogeneous=True)
-LEAKY_RELU = activation(lambda node: _leaky(float(node.attribute("alpha", 0.01))), homogeneous=True)
-CLIP = activation(_clip)
-SIGMOID = activation(lambda node: lambda x: 1.0 / (1.0 + np.exp(-x)))
-CAST = activation(_cast)
-
-
-def _leaky(alpha: float) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: np.where(x < 0, alpha * x, x)
 
 
 def _identity_facts(node: Node, view: View) -> list[Fact] | None:

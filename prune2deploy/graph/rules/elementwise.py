@@ -1,139 +1,198 @@
-"""Add, Sub and Mul with broadcasting, of two computed values or of one and a constant."""
+"""The rule of elementwise operators of one or more inputs that are broadcast; `arithmetic` says what each computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from prune2deploy.graph.constraints import Constraint, Positions
-from prune2deploy.graph.fact import Fact, Shape, constant, digest, expand, make
-from prune2deploy.graph.node import Node, Operand
+from prune2deploy.graph.fact import Fact, make
+from prune2deploy.graph.node import FLOATS, Node
+from prune2deploy.graph.rules.align import Aligned, align, spans
 from prune2deploy.graph.rules.base import Axis, Demand, Edit, Part, Rule, View, tie_axes
+from prune2deploy.graph.rules.precision import COVERED, margin, rounded, unfit
 
-Combine = Callable[[Node, Fact, Fact, View], Fact]
-
-
-@dataclass(frozen=True, eq=False)
-class Aligned:
-    """The two operands with the output's rank and one layout; ``starts`` are the axes that each lacks in front."""
-
-    facts: tuple[Fact, Fact]
-    starts: tuple[int, int]
+Facts = tuple[Fact, ...]
+Combine = Callable[[Node, Facts, View], Fact | str]
+Constants = dict[int, np.ndarray]
+"""Slot -> the operand's values where they are known."""
 
 
-def align(node: Node, view: View) -> Aligned | None:
-    """Return the operands' facts aligned, or None where a rank is unknown."""
-    ranks = [operand.rank for operand in node.inputs]
-    if len(ranks) != 2 or any(rank is None for rank in ranks):
-        return None
-    rank = max(r for r in ranks if r is not None)
-    starts = tuple(rank - (r or 0) for r in ranks)
-    shapes = [(1,) * start + (operand.shape or ()) for operand, start in zip(node.inputs, starts, strict=True)]
-    raw = [_raw(operand, start, view) for operand, start in zip(node.inputs, starts, strict=True)]
-    values = [fact for operand, fact in zip(node.inputs, raw, strict=True) if operand.is_value]
-    layout = tuple(max(fact.shape[axis] for fact in values) for axis in range(rank))
-    found = [
-        _spread(fact, layout, shape, view) if operand.is_value else _constant(fact, layout, view)
-        for operand, fact, shape in zip(node.inputs, raw, shapes, strict=True)
-    ]
-    return Aligned((found[0], found[1]), (starts[0], starts[1]))
+@dataclass(frozen=True)
+class Operator:
+    """What the rule of an elementwise operator has to know of it.
+
+    Attributes:
+        evaluate: the operator on float64 arrays.
+        combine: the facts of floating results, where more is known than that equal operands give equal results.
+        any_type: whether ``combine`` holds for integers and bools too, whose sums wrap.
+        neutral: an operand that changes nothing, in any slot from ``neutral_from`` on.
+        absorbing: an operand that decides the result alone.
+        matters: where each operand can change the result, given the facts of all; without it, `absorbing` says.
+        passes: the slot that is the result, given constant operands as they will be written.
+        steps: whether it jumps: a constant near a jump is then none, since the runtime's own may lie beyond it.
+        variadic: whether it may have any number of inputs.
+        refuses: why a node is not covered.
+        kind: word for reports.
+        types: the types that its output may have.
+    """
+
+    evaluate: Callable[[Node, Sequence[np.ndarray]], np.ndarray]
+    combine: Combine | None = None
+    any_type: bool = False
+    neutral: float | None = None
+    neutral_from: int = 0
+    absorbing: float | None = None
+    matters: Callable[[Facts], list[np.ndarray]] | None = None
+    passes: Callable[[Constants], int | None] = field(default=lambda constants: None)
+    steps: bool = False
+    variadic: bool = False
+    refuses: Callable[[Node], str | None] = field(default=lambda node: None)
+    kind: str = "elementwise"
+    types: frozenset[str] = COVERED
 
 
-def _raw(operand: Operand, start: int, view: View) -> Fact:
-    fact = view.of(operand) if operand.is_value else constant(np.asarray(operand.array))
-    return fact.map(lambda array: array.reshape((1,) * start + array.shape))
+def elementwise(operator: Operator) -> Rule:
+    """Return the rule of an elementwise operator."""
+
+    def facts(node: Node, view: View) -> list[Fact] | str:
+        return _facts(operator, node, view)
+
+    def live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
+        aligned = align(node, view)
+        assert aligned is not None
+        assert outs[0] is not None
+        matters = _matters(operator, node, aligned.facts)
+        cut = _cut_slots(node, aligned, matters, outs[0])
+        return {
+            slot: Demand(_own_layout(outs[0] & matters[slot], slot, node, aligned, view))
+            for slot in node.value_slots
+            if slot not in cut
+        }
+
+    def drop(node: Node, edit: Edit) -> None:
+        _drop(operator, node, edit)
+
+    return Rule(facts, live, _ties, drop, operator.kind, _parts, types=operator.types, constant_first=True)
 
 
-def _spread(fact: Fact, layout: tuple[int, ...], shape: Shape, view: View) -> Fact:
-    """Expand a value to the layout; along a dimension of size 1 it is broadcast, which needs nothing."""
-    for axis, size in enumerate(layout):
-        if size > 1 and fact.shape[axis] == 1 and shape[axis] != 1:
-            fact = expand(fact, axis, size, shape, view.numbers)
-    return fact.map(lambda array: np.broadcast_to(array, layout))
+# --- facts ------------------------------------------------------------------------------------------------------------
 
 
-def _constant(fact: Fact, layout: tuple[int, ...], view: View) -> Fact:
-    """Fit a constant to the layout; where it varies along a collapsed axis it is a function keyed by its bits."""
-    values = fact.shift
-    axes = tuple(axis for axis, size in enumerate(layout) if size == 1 and values.shape[axis] > 1)
-    if not axes:
-        return fact.map(lambda array: np.broadcast_to(array, layout))
-    first = values[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(values.ndim))]
-    if (values == first).all():
-        return constant(np.broadcast_to(first, layout))
-    kept = [axis for axis in range(values.ndim) if axis not in axes]
-    rows = np.transpose(values, [*kept, *axes]).reshape([values.shape[axis] for axis in kept] + [-1])
-    numbers = [
-        view.numbers.intern(("map", tuple(values.shape[axis] for axis in axes), axes, digest(row)))
-        for row in rows.reshape(-1, rows.shape[-1])
-    ]
-    number = np.broadcast_to(np.array(numbers, dtype=np.int64).reshape(first.shape), layout)
-    return Fact(number, np.ones(layout), np.zeros(layout))
+def _facts(operator: Operator, node: Node, view: View) -> list[Fact] | str:
+    reasons = (operator.refuses(node), *(unfit(operand) for operand in node.inputs))
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is not None:
+        return reason
+    aligned = align(node, view)
+    if aligned is None:
+        return "the shapes of its inputs are not known"
+    floating = node.outputs[0].dtype in FLOATS
+    if operator.combine is not None and (floating or operator.any_type):
+        found = operator.combine(node, aligned.facts, view)
+    else:
+        found = keyed(operator, node, aligned.facts, view)
+    if isinstance(found, str):
+        return found
+    shift = np.where(found.constant, rounded(found.shift, node.outputs[0].dtype), found.shift)
+    return [make(found.number, found.scale, shift)] if np.isfinite(shift).all() else "a constant is out of range"
 
 
-def _sum(sign: float) -> Combine:
-    def combine(node: Node, a: Fact, b: Fact, view: View) -> Fact:
-        scale_b, shift = sign * b.scale, a.shift + sign * b.shift
-        first = np.where(a.scale == 0, b.number, a.number)
-        one = (a.scale == 0) | (b.scale == 0) | (a.number == b.number)  # a single function is left
-        low, high = np.minimum(a.number, b.number), np.maximum(a.number, b.number)
-        swap = a.number > b.number
-        keyed = (
-            Fact(low, np.where(swap, scale_b, a.scale), shift),
-            Fact(high, np.where(swap, a.scale, scale_b), shift),
-        )
-        number = np.where(one, first, view.numbers.of_facts(("sum",), *keyed, shift=False))
-        return make(number, np.where(one, a.scale + scale_b, 1.0), shift)
-
-    return combine
-
-
-def _product(node: Node, a: Fact, b: Fact, view: View) -> Fact:
-    held, other = np.where(a.scale == 0, a.shift, b.shift), a.scale == 0
-    single = (a.scale == 0) | (b.scale == 0)
-    number = np.where(other, b.number, a.number)
-    scale = held * np.where(other, b.scale, a.scale)
-    shift = held * np.where(other, b.shift, a.shift)
-    plain = ~single & (a.shift == 0) & (b.shift == 0)  # (s X)(s' Y) = s s' (X Y)
-    swap = a.number > b.number
-    parts = [(a, b), (b, a)]
-    keyed = tuple(
-        Fact(
-            np.where(swap, second.number, first.number),
-            np.where(plain, 1.0, np.where(swap, second.scale, first.scale)),
-            np.where(swap, second.shift, first.shift),
-        )
-        for first, second in parts
-    )
-    both = view.numbers.of_facts(("product",), *keyed)
-    return make(
-        np.where(single, number, both),
-        np.where(single, scale, np.where(plain, a.scale * b.scale, 1.0)),
-        np.where(single, shift, 0.0),
-    )
+def keyed(operator: Operator, node: Node, facts: Facts, view: View) -> Fact:
+    """Return the facts where nothing more is known than this: equal operands give equal results."""
+    value, sure = evaluated(operator, node, facts)
+    number = view.numbers.of_facts(signature(node), *facts)
+    scale = np.where(sure, 0.0, 1.0)
+    shift = np.where(sure, value, 0.0)
+    if operator.absorbing is not None:
+        decided = np.logical_or.reduce([_is(fact, operator.absorbing) for fact in facts])
+        scale, shift = np.where(decided, 0.0, scale), np.where(decided, operator.absorbing, shift)
+    if operator.neutral is not None:
+        for slot, fact in enumerate(facts):
+            others = [i for i in range(len(facts)) if i != slot]
+            if any(i < operator.neutral_from for i in others):
+                continue
+            alone = np.logical_and.reduce([~fact.constant, *(_is(facts[i], operator.neutral) for i in others)])
+            number, scale, shift = (
+                np.where(alone, own, found)
+                for own, found in ((fact.number, number), (fact.scale, scale), (fact.shift, shift))
+            )
+    return make(number, scale, shift)
 
 
-def _covers(operand: Operand, output: Operand) -> bool:
-    """Whether an operand alone has the output's shape, so that the other may shrink to a constant."""
-    if operand.shape is None or output.shape is None or len(operand.shape) != len(output.shape):
+def signature(node: Node) -> str:
+    """Return what a key must hold of an operator besides the facts of its operands."""
+    return str((node.op_type, sorted(node.attributes.items()), node.outputs[0].dtype))
+
+
+def evaluated(operator: Operator, node: Node, facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+    """Return the results of constant operands, and where they are sure: all constant, and far from any jump."""
+    sure = np.logical_and.reduce([fact.constant for fact in facts])
+    with np.errstate(all="ignore"):
+        value = operator.evaluate(node, [fact.shift for fact in facts])
+        if not operator.steps or not sure.any():
+            return value, sure
+        margins = [margin(fact.shift, operand.dtype) for fact, operand in zip(facts, node.inputs, strict=True)]
+        reach = 4 * sum(margins)
+        for signs in itertools.product((-1, 1), repeat=len(facts)):
+            moved = [fact.shift + sign * by for fact, sign, by in zip(facts, signs, margins, strict=True)]
+            sure &= ~(np.abs(operator.evaluate(node, moved) - value) > reach)
+    return value, sure
+
+
+def _is(fact: Fact, value: float) -> np.ndarray:
+    return np.asarray(fact.constant & (fact.shift == value))
+
+
+# --- liveness and ties ------------------------------------------------------------------------------------------------
+
+
+def _matters(operator: Operator, node: Node, facts: Facts) -> list[np.ndarray]:
+    """Return where each operand can change the result.
+
+    A zero factor may itself be a difference that cancels, so where several absorb, one of them is kept right.
+    """
+    if operator.matters is not None:
+        return operator.matters(facts)
+    if operator.absorbing is None:
+        return [np.ones(facts[0].shape, dtype=bool)] * len(facts)
+    decided = np.zeros(facts[0].shape, dtype=bool)
+    found = [decided] * len(facts)
+    for slot in sorted(range(len(facts)), key=lambda slot: node.inputs[slot].is_value):
+        own = _is(facts[slot], operator.absorbing) & ~decided
+        found[slot] = own
+        decided = decided | own
+    return [own | ~decided for own in found]
+
+
+def covers(node: Node, slots: Collection[int], carried: Sequence[int] = ()) -> bool:
+    """Whether these operands alone give the output its shape; so do positions that the others leave as constants."""
+    shape = node.outputs[0].shape
+    assert shape is not None
+    layout = carried or [1] * len(shape)
+    if not carried and max(node.inputs[slot].rank or 0 for slot in slots) < len(shape):
         return False
-    return all(a is not None and a == b for a, b in zip(operand.shape, output.shape, strict=True))
+    return all(layout[axis] > 1 or spans(node, slots, axis) for axis in range(len(shape)))
 
 
-def _cut_slots(node: Node, aligned: Aligned, live: np.ndarray) -> set[int]:
-    """Return the computed operand that is constant on all live positions and can be replaced by that constant."""
+def _cut_slots(node: Node, aligned: Aligned, matters: list[np.ndarray], live: np.ndarray) -> set[int]:
+    """Return the computed operands that are constant, or do not matter, wherever the result is live.
+
+    Each is replaced by that constant, if the operands that are left have the output's shape.
+    """
     values = node.value_slots
-    covering = [slot for slot in values if _covers(node.inputs[1 - slot], node.outputs[0])]
-    if len(values) < 2 or not covering:
+    settled = {slot for slot in values if (aligned.facts[slot].constant | ~matters[slot])[live].all()}
+    if settled == set(values) and live.any():  # the result is a constant: its readers see to it
         return set()
-    if not live.any():  # only the shape matters, which the other one has
-        return {covering[-1]}
-    constant = [bool(fact.constant[live].all()) for fact in aligned.facts]
-    if all(constant):  # the readers will see to it
-        return set()
-    return {slot for slot in covering if constant[slot]}
+    left = set(range(len(node.inputs)))
+    for slot in reversed(values):
+        rest = left - {slot}
+        if slot in settled and rest & set(values) and covers(node, rest, aligned.layout):
+            left = rest
+    return set(values) - left
 
 
 def _own_layout(mask: np.ndarray, slot: int, node: Node, aligned: Aligned, view: View) -> np.ndarray:
@@ -145,132 +204,82 @@ def _own_layout(mask: np.ndarray, slot: int, node: Node, aligned: Aligned, view:
     return np.asarray(mask.any(axis=axes, keepdims=True))
 
 
-def elementwise(combine: Combine, *, absorbing_zero: bool) -> Rule:
-    """Return the rule of a binary operator; with ``absorbing_zero`` a zero operand makes the other one irrelevant."""
-
-    def facts(node: Node, view: View) -> list[Fact] | None:
-        aligned = align(node, view)
-        if aligned is None or any(
-            operand.array is not None and not np.isfinite(operand.array.astype(np.float64)).all()
-            for operand in node.inputs
-        ):
-            return None
-        a, b = aligned.facts
-        fact = combine(node, a, b, view)
-        grown = (b.constant & ~a.constant & (not _keeps_domain(node, 0))) | (
-            a.constant & ~b.constant & (not _keeps_domain(node, 1))
-        )
-        if grown.any():  # what passes through is broadcast: it is a function of more coordinates now
-            number = view.numbers.of_facts((node.op_type, *(operand.shape for operand in node.inputs)), a, b)
-            grown = np.asarray(grown & ~fact.constant)
-            fact = make(
-                np.where(grown, number, fact.number),
-                np.where(grown, 1.0, fact.scale),
-                np.where(grown, 0.0, fact.shift),
-            )
-        return [fact]
-
-    def live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
-        aligned = align(node, view)
-        assert aligned is not None
-        assert outs[0] is not None
-        cut = _cut_slots(node, aligned, outs[0])
-        demands: dict[int, Demand] = {}
-        for slot in node.value_slots:
-            if slot in cut:
-                continue
-            mask: np.ndarray = outs[0]
-            if absorbing_zero:
-                other = aligned.facts[1 - slot]
-                zero = [fact.constant & (fact.shift == 0) for fact in (aligned.facts[slot], other)]
-                # A zero may itself be a difference that cancels: where both are, one of them is kept right.
-                mask = np.asarray(mask & ~(zero[1] & ~(zero[0] if slot == 0 else False)))
-            demands[slot] = Demand(_own_layout(mask, slot, node, aligned, view))
-        return demands
-
-    def ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
-        output = node.outputs[0]
-        rank = len(view.of(output).shape)
-        for slot in sorted(needed):
-            operand = node.inputs[slot]
-            assert operand.shape is not None
-            start = rank - len(operand.shape)
-            for axis in range(rank):
-                if axis >= start and operand.shape[axis - start] != 1:
-                    yield from tie_axes(positions, (output.name, axis), (operand.name, axis - start))
-
-    def drop(node: Node, edit: Edit) -> None:
-        for slot, operand in enumerate(node.inputs):
-            if operand.array is not None:
-                _drop_constant(node, edit, slot)
-        cut = [slot for slot in node.value_slots if slot not in edit.needed]
-        for slot in cut:
-            aligned = align(node, edit.view)
-            assert aligned is not None
-            _drop_cut(node, edit, slot, aligned)
-
-    def parts(node: Node, view: View) -> list[Part]:
-        output = node.outputs[0]
-        layout = view.of(output).shape
-        found = []
-        for slot, operand in enumerate(node.inputs):
-            if operand.array is None:
-                continue
-            start = len(layout) - operand.array.ndim
-            found += [
-                Part(slot, axis, "constant", Axis(output.name, axis + start), np.arange(size))
-                for axis, size in enumerate(operand.array.shape)
-                if size > 1 and layout[axis + start] == size
-            ]
-        return found
-
-    return Rule(facts, live, ties, drop, "elementwise", parts, constant_first=True)
+def _ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
+    output = node.outputs[0]
+    rank = len(view.of(output).shape)
+    for slot in sorted(needed):
+        operand = node.inputs[slot]
+        assert operand.shape is not None
+        start = rank - len(operand.shape)
+        for axis in range(rank):
+            if axis >= start and operand.shape[axis - start] != 1:
+                yield from tie_axes(positions, (output.name, axis), (operand.name, axis - start))
 
 
-def _keeps_domain(node: Node, slot: int) -> bool:
-    """Whether the other operand cannot broadcast this one along a collapsed axis."""
-    operand, other = node.inputs[slot], node.inputs[1 - slot]
-    if other.array is None:
-        return _covers(operand, node.outputs[0])
-    assert operand.shape is not None
-    if other.array.ndim > len(operand.shape):
-        return False
-    tail = operand.shape[len(operand.shape) - other.array.ndim :]
-    return all(size in (1, have) for size, have in zip(other.array.shape, tail, strict=True))
+def _parts(node: Node, view: View) -> list[Part]:
+    output = node.outputs[0]
+    layout = view.of(output).shape
+    found = []
+    for slot, operand in enumerate(node.inputs):
+        if operand.array is None:
+            continue
+        start = len(layout) - operand.array.ndim
+        found += [
+            Part(slot, axis, "constant", Axis(output.name, axis + start), np.arange(size))
+            for axis, size in enumerate(operand.array.shape)
+            if size > 1 and layout[axis + start] == size
+        ]
+    return found
 
 
-def _drop_constant(node: Node, edit: Edit, slot: int) -> None:
-    """Slice a constant operand along the output's kept axes; where it has size 1 it stays."""
-    array = node.inputs[slot].array
-    assert array is not None
+# --- rewriting --------------------------------------------------------------------------------------------------------
+
+
+def _drop(operator: Operator, node: Node, edit: Edit) -> None:
+    """Slice constant operands, write down those that were cut, and leave out what changes nothing by now."""
+    aligned = align(node, edit.view)
+    assert aligned is not None
+    constants: Constants = {}
+    for slot, operand in enumerate(node.inputs):
+        if operand.array is not None:
+            constants[slot] = _sliced(operand.array, node, edit)
+        elif slot not in edit.needed:
+            fact = aligned.facts[slot]
+            filler = 0.0 if operator.neutral is None or slot < operator.neutral_from else operator.neutral
+            values = np.where(fact.constant, fact.shift, filler)
+            constants[slot] = _sliced(values, node, edit).astype(np.dtype(operand.dtype))
+    left = _left(operator, node, constants)
+    if len(left) == 1 < len(node.inputs) and node.inputs[left[0]].dtype == node.outputs[0].dtype:
+        edit.bypass(left[0])
+        return
+    for slot, array in constants.items():
+        if slot in left or not operator.variadic:
+            edit.set_constant(slot, array)
+    if operator.variadic:
+        edit.keep_inputs(left)
+
+
+def _sliced(array: np.ndarray, node: Node, edit: Edit) -> np.ndarray:
+    """Take the output's kept positions of a constant; where it has size 1 it stays."""
     output = node.outputs[0]
     start = len(edit.view.of(output).shape) - array.ndim
-    sliced = array
     for axis, size in enumerate(array.shape):
         kept = edit.kept(output, axis + start)
         if kept is not None and size > 1:
-            sliced = np.take(sliced, kept, axis=axis)
-    if sliced is not array:
-        edit.set_constant(slot, sliced)
+            array = np.take(array, kept, axis=axis)
+    return array
 
 
-def _drop_cut(node: Node, edit: Edit, slot: int, aligned: Aligned) -> None:
-    """Replace a constant operand that is computed by its values; adding zero or multiplying by one goes altogether."""
-    fact = aligned.facts[slot]
-    output = node.outputs[0]
-    dtype = node.inputs[1 - slot].dtype
-    values = np.where(fact.constant, fact.shift, 0.0)
-    for axis in range(values.ndim):
-        kept = edit.kept(output, axis)
-        if kept is not None and values.shape[axis] > 1:
-            values = np.take(values, kept, axis=axis)
-    neutral = {"Add": (0.0, (0, 1)), "Sub": (0.0, (1,)), "Mul": (1.0, (0, 1))}[node.op_type]
-    if slot in neutral[1] and (values == neutral[0]).all():
-        edit.bypass(1 - slot)
-        return
-    edit.set_constant(slot, values.astype(dtype))
-
-
-ADD = elementwise(_sum(1.0), absorbing_zero=False)
-SUB = elementwise(_sum(-1.0), absorbing_zero=False)
-MUL = elementwise(_product, absorbing_zero=True)
+def _left(operator: Operator, node: Node, constants: Constants) -> list[int]:
+    """Return the operands that are left when those go that change neither values nor shape."""
+    every = list(range(len(node.inputs)))
+    passed = operator.passes(constants)
+    if passed is not None and passed not in constants and covers(node, [passed]):
+        return [passed]
+    left = every
+    for slot, array in constants.items():
+        rest = [i for i in left if i != slot]
+        is_neutral = operator.neutral is not None and slot >= operator.neutral_from
+        if is_neutral and bool((array == operator.neutral).all()) and covers(node, rest):
+            left = rest if any(i not in constants for i in rest) else left
+    return left

@@ -1,4 +1,4 @@
-"""A linear layer as a matrix over channels: the arithmetic that Conv, Gemm and MatMul share.
+"""A linear layer as a matrix over channels: the arithmetic that all operators with constant weights share.
 
 Every input column is ``x_k = weight_k * basis[key_k] + offset_k``. Without padding the basis is the number's function
 and a constant is all offset, so it folds into the bias. Under zero padding a nonzero offset is not constant at the
@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from prune2deploy.graph.fact import ONE, Fact, Numbers, digest
 
 FAR = 1024.0
 """An input whose offset is so many times its multiple does not stand for others: its rounding is theirs many times."""
+
+BLOCK = 2**20
+"""Weights are looked at so many elements at a time: what is worked out of them on the way stays small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +32,10 @@ class Matrix:
     Attributes:
         weight: [rows, columns, taps] in the storage precision.
         bias: [rows] float64, zeros where the layer has none.
-        padded: whether zero padding can reach an output.
     """
 
     weight: np.ndarray
     bias: np.ndarray
-    padded: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +46,17 @@ class Columns:
     weight: np.ndarray  # float64
     offset: np.ndarray  # float64
 
+    def part(self, first: int, size: int) -> Columns:
+        """Return some consecutive columns."""
+        span = slice(first, first + size)
+        return Columns(self.key[span], self.weight[span], self.offset[span])
+
 
 def columns(fact: Fact, padded: bool, numbers: Numbers) -> Columns:
-    """Return the columns of inputs with these facts (arrays flattened)."""
+    """Return the columns of inputs with these facts (arrays flattened); ``padded``: zero padding can be seen."""
     number, scale, shift = (part.ravel() for part in (fact.number, fact.scale, fact.shift))
+    if not shift.any():  # then nothing is constant but zero, and no offset has to stay with its function
+        return Columns(number, scale, shift)
     constant = scale == 0
     ratio = np.where(constant, 0.0, shift / np.where(constant, 1.0, scale))
     # An offset stays with its function under padding, and where the function would drown in its rounding.
@@ -59,114 +70,220 @@ def columns(fact: Fact, padded: bool, numbers: Numbers) -> Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
-    """The columns of equal inputs added up, in the storage precision: what will be written decides what is zero.
+class Classes:
+    """The columns sorted into classes of equal inputs.
 
     Attributes:
         key: [classes] the basis function of each class.
         class_of: [columns] the class of each column, -1 for constants.
-        weight: [rows, classes, taps].
-        nonzero: [rows, classes] whether the row still reads the class.
-        constant: [rows] the rows that read nothing.
-        shift: [rows] bias and everything constant, float64.
+        first: [classes] the first column of each class.
+        members: [classes] the number of columns of each class.
     """
 
     key: np.ndarray
     class_of: np.ndarray
-    weight: np.ndarray
-    nonzero: np.ndarray
-    constant: np.ndarray
-    shift: np.ndarray
+    first: np.ndarray
+    members: np.ndarray
 
 
-def merge(matrix: Matrix, cols: Columns) -> Merged:
-    """Return the matrix with its columns of equal inputs added up."""
+def classes_of(cols: Columns, *, apart: bool = False) -> Classes:
+    """Return the classes of columns; ``apart``, each column has its own."""
     active = np.flatnonzero(cols.weight)
-    key, inverse = np.unique(cols.key[active], return_inverse=True)
-    if len(key) == len(active):  # no aliases: classes are the columns in their own order
-        key, inverse = cols.key[active], np.arange(len(active))
+    key, first = cols.key[active], np.arange(len(active))  # classes are the columns in their own order,
+    inverse, members = first, np.ones(len(active), dtype=np.int64)
+    ordered = np.sort(key)
+    if not apart and (ordered[1:] == ordered[:-1]).any():  # or, where there are aliases, in that of their keys
+        key, first, inverse, members = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
     class_of = np.full(len(cols.key), -1, dtype=np.int64)
     class_of[active] = inverse
-    weight = matrix.weight if len(active) == len(cols.key) else matrix.weight[:, active]
-    scales = cols.weight[active]
-    if len(key) < len(active):
-        total = np.zeros((len(key), weight.shape[0], weight.shape[2]))
-        np.add.at(total, inverse, (weight.astype(np.float64) * scales[None, :, None]).transpose(1, 0, 2))
-        if np.abs(total).max(initial=0.0) > np.finfo(matrix.weight.dtype).max:
-            alone = np.where(cols.weight != 0, -1 - np.arange(len(cols.key)), cols.key)
-            return merge(matrix, Columns(alone, cols.weight, cols.offset))  # the sums overflow: no two are merged
-        weight = total.transpose(1, 0, 2).astype(matrix.weight.dtype)
-    elif (scales != 1).any():
-        weight = (weight.astype(np.float64) * scales[None, :, None]).astype(matrix.weight.dtype)
-    nonzero = (weight != 0).any(axis=2)
-    shift = matrix.bias + constant_part(matrix.weight, cols.offset)
-    return Merged(key, class_of, weight, nonzero, ~nonzero.any(axis=1), shift)
+    return Classes(key, class_of, active[first], members)
+
+
+def merge(weight: np.ndarray, cols: Columns, classes: Classes) -> np.ndarray | None:
+    """Return weights [rows, columns, taps] with the columns of each class added up; None where a sum overflows.
+
+    The sums are in the storage precision: what will be written decides what is zero.
+    """
+    scales = cols.weight[classes.first]
+    merged = weight if len(scales) == len(cols.key) else np.take(weight, classes.first, axis=1)
+    if (scales != 1).any():
+        with np.errstate(over="ignore"):
+            merged = (merged * scales[None, :, None]).astype(weight.dtype)
+    for shared in np.flatnonzero(classes.members > 1).tolist():
+        total = np.zeros(merged[:, 0].shape)
+        for k in np.flatnonzero(classes.class_of == shared).tolist():
+            total += weight[:, k].astype(np.float64) * cols.weight[k]
+        if np.abs(total).max(initial=0.0) > _largest(weight.dtype):
+            return None
+        merged[:, shared] = total
+    return merged
+
+
+def _largest(dtype: np.dtype[Any]) -> float:
+    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 def constant_part(weight: np.ndarray, offset: np.ndarray) -> np.ndarray:
     """Return what constant inputs ``offset`` [columns] add to every row, float64 [rows]."""
     used = np.flatnonzero(offset)
-    return np.asarray(weight[:, used].astype(np.float64).sum(axis=2) @ offset[used])
+    if not len(used):
+        return np.zeros(len(weight))
+    return np.asarray(np.take(weight, used, axis=1).sum(axis=2, dtype=np.float64) @ offset[used])
 
 
-def row_facts(merged: Merged, signature: Hashable, numbers: Numbers) -> Fact:
-    """Return the facts of the output rows: constants, and numbers keyed by the merged weights and what they read."""
-    rows, classes = merged.nonzero.shape
-    number = np.zeros(rows, dtype=np.int64)
+def nonzero_taps(weight: np.ndarray) -> np.ndarray:
+    """Return where any tap of weights [rows, columns, taps] is not zero; bool [rows, columns]."""
+    nonzero = weight != 0
+    if weight.shape[2] == 1:
+        return np.asarray(nonzero[:, :, 0])
+    if weight.shape[2] > 255:  # a sum of bytes could come round to 0
+        return np.asarray(nonzero.any(axis=2))
+    return np.asarray(np.einsum("rct->rc", nonzero.view(np.uint8)) != 0)  # four times as fast as any()
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """What the rows of a matrix read; all that later steps need of the merged weights.
+
+    Attributes:
+        class_of: [columns] the class of each column, -1 for constants.
+        bits: [rows, classes / 8] which classes a row reads, packed.
+        members: [classes] the number of columns of each class.
+        constant: [rows] the rows that read nothing.
+        shift: [rows] bias and everything constant, float64.
+    """
+
+    class_of: np.ndarray
+    bits: np.ndarray
+    members: np.ndarray
+    constant: np.ndarray
+    shift: np.ndarray
+
+    def needed(self, rows: np.ndarray) -> np.ndarray:
+        """Return the classes that any of these rows (bool) reads; bool [classes]."""
+        bits = np.bitwise_or.reduce(self.bits[rows], axis=0)
+        return np.unpackbits(bits, count=len(self.members)).astype(bool)
+
+
+def read_rows(matrix: Matrix, cols: Columns, signature: Hashable, numbers: Numbers) -> tuple[Reads, np.ndarray]:
+    """Return what the rows read, and their numbers, keyed by the merged weights and what they read."""
+    classes = classes_of(cols)
+    scanned = _scan(matrix.weight, cols, classes)
+    if scanned is None:  # a sum could not be written: no two columns are merged
+        classes = classes_of(cols, apart=True)
+        scanned = _scan(matrix.weight, cols, classes)
+    assert scanned is not None
+    bits, prints = scanned
+    constant = np.asarray(~bits.any(axis=1))
+    shift = matrix.bias + constant_part(matrix.weight, cols.offset)
+    number = np.zeros(len(constant), dtype=np.int64)
     mark = numbers.intern(("linear", signature))
-    by_pattern: dict[bytes, list[int]] = {}
-    for row, pattern in enumerate(np.packbits(merged.nonzero, axis=1)):
-        by_pattern.setdefault(pattern.tobytes(), []).append(row)
-    for members in by_pattern.values():
-        read = np.flatnonzero(merged.nonzero[members[0]])
-        if not len(read):
-            continue
-        order = read[np.argsort(merged.key[read], kind="stable")]
-        inputs = digest(merged.key[order])
-        whole = len(order) == classes and (order == np.arange(classes)).all()
-        for row in members:
-            data = merged.weight[row] if whole else merged.weight[row, order]
-            key = hashlib.blake2b(np.ascontiguousarray(data).view(np.uint8).data, digest_size=16).digest()
-            number[row] = numbers.intern((mark, inputs, key))
-    return Fact(number, np.where(merged.constant, 0.0, 1.0), merged.shift)
+    for pattern, rows in _by_pattern(bits, ~constant).items():
+        read = np.flatnonzero(np.unpackbits(np.frombuffer(pattern, dtype=np.uint8), count=len(classes.key)))
+        inputs = digest(np.sort(classes.key[read]))
+        for row in rows:
+            number[row] = numbers.of_row(mark, inputs, prints[row], partial(row_digest, matrix, cols, classes, row))
+    return Reads(classes.class_of, bits, classes.members, constant, shift), number
 
 
-def needed_columns(merged: Merged, rows: np.ndarray) -> np.ndarray:
-    """Return the classes that any of these rows (bool) reads; bool [classes]."""
-    return np.asarray(merged.nonzero[rows & ~merged.constant].any(axis=0))
+def _scan(weight: np.ndarray, cols: Columns, classes: Classes) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
+    """Return which classes each row reads (packed) and the rows' fingerprints, a few rows at a time."""
+    height = max(1, BLOCK // max(1, weight[0].size))
+    bits, prints = [], []
+    for first in range(0, len(weight), height):
+        merged = merge(weight[first : first + height], cols, classes)
+        if merged is None:
+            return None
+        bits.append(np.packbits(nonzero_taps(merged), axis=1))
+        prints += _fingerprints(merged)
+    return np.concatenate(bits), prints
 
 
-def fold(matrix: Matrix, cols: Columns, live_columns: np.ndarray, live_rows: np.ndarray) -> Matrix:
-    """Return the matrix that reads only live columns and computes the same on live rows.
+def _by_pattern(bits: np.ndarray, rows: np.ndarray) -> dict[bytes, list[int]]:
+    """Return the rows (bool) by what they read."""
+    found: dict[bytes, list[int]] = {}
+    for row in np.flatnonzero(rows).tolist():
+        found.setdefault(bits[row].tobytes(), []).append(row)
+    return found
+
+
+def _fingerprints(weight: np.ndarray) -> list[tuple[int, int]]:
+    """Return for each row of [rows, columns, taps] a quick mark that equal rows share, whatever the columns' order.
+
+    -0.0 becomes 0.0: a zero column that is left out elsewhere must not count here.
+    """
+    rows = np.ascontiguousarray(weight.reshape(len(weight), -1) + weight.dtype.type(0))
+    words = rows.view(f"u{rows.dtype.itemsize}")
+    sums = np.add.reduce(words, axis=1, dtype=words.dtype)
+    return list(zip(sums.tolist(), np.bitwise_xor.reduce(words, axis=1).tolist(), strict=True))
+
+
+def row_digest(matrix: Matrix, cols: Columns, classes: Classes, row: int) -> bytes:
+    """Return a digest of a row's merged weights and of what it reads, in an order of their own."""
+    merged = merge(matrix.weight[row : row + 1], cols, classes)
+    assert merged is not None, "it was merged before"
+    read = np.flatnonzero(nonzero_taps(merged)[0])
+    order = read[np.argsort(classes.key[read], kind="stable")]
+    hasher = hashlib.sha256(classes.key[order].tobytes())
+    hasher.update(np.take(merged[0], order, axis=0).tobytes())
+    return hasher.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """The kept part of a matrix; ``same`` where its weights are the old ones."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    same: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Fate:
+    """What becomes of one side of a matrix: which indices stay, in order, and which (bool, of all) are live."""
+
+    kept: np.ndarray
+    live: np.ndarray
+
+
+def fold(matrix: Matrix, cols: Columns, reads: Reads, rows: Fate, inputs: Fate) -> Folded:
+    """Return the kept part of a matrix that reads only live columns and computes the same on live rows.
 
     A constant goes into the bias, an alias into the live column of its class with the largest multiple. Rows that are
     constant, or that nobody reads, read nothing: they hold their constant, or 0.
     """
-    merged = merge(matrix, cols)
-    weight = matrix.weight.copy()
-    offset = np.where(live_columns, 0.0, cols.offset)
-    folded = np.flatnonzero(~live_columns & (cols.weight != 0))
-    if len(folded):
-        standing_in = _representatives(merged, cols, live_columns)
-        for k in folded.tolist():
-            r = standing_in.get(int(merged.class_of[k]))
-            if r is None:
-                continue  # nobody needs the class: its columns cancel in every live row
-            ratio = cols.weight[k] / cols.weight[r]
-            weight[:, r] = (weight[:, r].astype(np.float64) + ratio * matrix.weight[:, k]).astype(weight.dtype)
-            offset[k] -= ratio * cols.offset[r]
-    bias = matrix.bias + constant_part(matrix.weight, offset)
-    weight[:, ~live_columns] = 0
-    idle = merged.constant | ~live_rows
-    weight[idle] = 0
-    bias[idle] = np.where(merged.constant, merged.shift, 0.0)[idle]
-    return replace(matrix, weight=weight, bias=bias)
+    idle = (reads.constant | ~rows.live)[rows.kept]
+    moved = np.flatnonzero(~inputs.live & (cols.weight != 0))
+    kept_rows = matrix.weight if len(rows.kept) == len(matrix.weight) else np.take(matrix.weight, rows.kept, axis=0)
+    whole = kept_rows is matrix.weight and len(inputs.kept) == len(cols.key)
+    same = whole and not len(moved) and bool(inputs.live.all()) and not idle.any()
+    weight = kept_rows if same else np.take(kept_rows, inputs.kept, axis=1)
+    offset = np.where(inputs.live, 0.0, cols.offset)
+    place = np.full(len(cols.key), -1, dtype=np.int64)
+    place[inputs.kept] = np.arange(len(inputs.kept))
+    standing_in = _representatives(reads, cols, inputs.live) if len(moved) else {}
+    added: dict[int, np.ndarray] = {}
+    for k in moved.tolist():
+        r = standing_in.get(int(reads.class_of[k]))
+        if r is None:
+            continue  # nobody needs the class: its columns cancel in every live row
+        ratio = cols.weight[k] / cols.weight[r]
+        offset[k] -= ratio * cols.offset[r]
+        added[r] = added.get(r, 0.0) + ratio * kept_rows[:, k].astype(np.float64)
+    for r, more in added.items():
+        weight[:, place[r]] = weight[:, place[r]] + more
+    bias = matrix.bias[rows.kept] + constant_part(kept_rows, offset)
+    if not same:
+        weight[:, ~inputs.live[inputs.kept]] = 0
+        weight[idle] = 0
+    bias[idle] = np.where(reads.constant, reads.shift, 0.0)[rows.kept][idle]
+    return Folded(weight, bias, same)
 
 
-def _representatives(merged: Merged, cols: Columns, live_columns: np.ndarray) -> dict[int, int]:
+def _representatives(reads: Reads, cols: Columns, live_columns: np.ndarray) -> dict[int, int]:
     """Return for each class its live column with the largest multiple, if it has a live one."""
     found: dict[int, int] = {}
-    candidates = np.flatnonzero(live_columns & (merged.class_of >= 0))
+    candidates = np.flatnonzero(live_columns & (reads.class_of >= 0))
     for k in candidates[np.argsort(-np.abs(cols.weight[candidates]), kind="stable")].tolist():
-        found.setdefault(int(merged.class_of[k]), k)
+        found.setdefault(int(reads.class_of[k]), k)
     return found

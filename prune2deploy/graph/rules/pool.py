@@ -1,4 +1,4 @@
-"""Pooling and means over collapsed axes: MaxPool, AveragePool, GlobalAveragePool, GlobalMaxPool, ReduceMean."""
+"""Pooling over space: MaxPool, AveragePool, LpPool and their global forms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from prune2deploy.graph.constraints import Constraint, Positions
 from prune2deploy.graph.fact import ONE, Fact, make
-from prune2deploy.graph.node import Node
-from prune2deploy.graph.rules.base import Demand, Rule, View, tie_axes
+from prune2deploy.graph.node import FLOATS, Node
+from prune2deploy.graph.rules.base import Demand, Rule, View, freeze, tie_axes
 from prune2deploy.graph.rules.channelwise import nothing_to_drop, same_layout_live, same_layout_ties
 
 
@@ -36,78 +36,93 @@ def _signature(node: Node) -> object:
     return (node.op_type, sorted(node.attributes.items(), key=lambda item: item[0]), node.inputs[0].shape)
 
 
-def _only_channels(node: Node, view: View) -> bool:
-    """Whether nothing but batch and channels is expanded, and a single output is used."""
-    used = [output for output in node.outputs if output.name]
-    return len(used) == 1 and node.inputs[0].rank is not None and max(view.of(node.inputs[0]).shape[2:], default=1) == 1
+def _padded(node: Node) -> bool:
+    """Whether a window can reach beyond the input: by padding, or by one more step than fits."""
+    given = max(node.attribute("pads", [0])) > 0 or node.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    return bool(given or node.attribute("ceil_mode", 0))
 
 
-def _average_facts(node: Node, view: View) -> list[Fact] | None:
-    if not _only_channels(node, view):
-        return None
-    auto_pad = node.attribute("auto_pad", "NOTSET")
-    padded = (
-        max(node.attribute("pads", [0])) > 0 or auto_pad not in ("NOTSET", "VALID") or node.attribute("ceil_mode", 0)
-    )
-    border = bool(padded and node.attribute("count_include_pad", 0))
+def _hollow(node: Node) -> bool:
+    """Whether a window may hold nothing but padding: its taps may step over a small input."""
+    dilations = node.attribute("dilations") or [1]
+    if max(dilations) == 1 or not _padded(node):
+        return False
+    sizes = (node.inputs[0].shape or ())[2:]
+    return not all(isinstance(n, int) and n >= d for n, d in zip(sizes, dilations, strict=False))
+
+
+def _checked(facts: Callable[[Node, View], list[Fact]]) -> Callable[[Node, View], list[Fact] | str]:
+    """Return facts that decline what no pool's facts hold for."""
+
+    def checked(node: Node, view: View) -> list[Fact] | str:
+        if max(view.of(node.inputs[0]).shape[2:], default=1) > 1:
+            return "its space holds channels"
+        return "a window may hold nothing but padding" if _hollow(node) else facts(node, view)
+
+    return checked
+
+
+def _average_facts(node: Node, view: View) -> list[Fact]:
+    border = bool(_padded(node) and node.attribute("count_include_pad", 0))
     return [linear_window(view.of(node.inputs[0]), _signature(node), border=border, view=view)]
 
 
-def _max_facts(node: Node, view: View) -> list[Fact] | None:
-    if not _only_channels(node, view):
-        return None
+def _lp_facts(node: Node, view: View) -> list[Fact]:
+    """Sum |x|^p, to the power of 1/p: a multiple passes with its magnitude, and 1 gives 1 times a function of its own.
+
+    Without padding that function is the number of the window's elements, to the power of 1/p.
+    """
+    fact = view.of(node.inputs[0])
+    plain = fact.constant | (fact.shift == 0)
+    factor = np.where(fact.constant, np.abs(fact.shift), np.where(plain, np.abs(fact.scale), 1.0))
+    keyed = Fact(fact.number, np.where(plain, 1.0, fact.scale), np.where(plain, 0.0, fact.shift))
+    number = view.numbers.of_facts(("lp", str(_signature(node))), keyed)
+    whole = (node.inputs[0].shape or ())[2:] if node.op_type == "GlobalLpPool" else node.attribute("kernel_shape")
+    sizes = [int(size) for size in whole if isinstance(size, int)]
+    if len(sizes) < len(whole) or _padded(node):
+        return [make(number, factor, np.zeros(fact.shape))]
+    count = float(np.prod(np.array(sizes, dtype=np.float64))) ** (1.0 / float(node.attribute("p", 2)))
+    return [make(number, np.where(fact.constant, 0.0, factor), np.where(fact.constant, factor * count, 0.0))]
+
+
+# --- MaxPool: its second output counts places over all channels, so a reader of that keeps them all -------------------
+
+
+def _max_facts(node: Node, view: View) -> list[Fact]:
     fact = view.of(node.inputs[0])
     keyed = Fact(fact.number, np.where(fact.scale < 0, -1.0, 1.0), fact.shift)  # max(s X + t) = s max(X) + t for s > 0
     number = view.numbers.of_facts(str(_signature(node)), keyed, shift=False)
-    return [make(number, np.abs(fact.scale), fact.shift)]
+    place = np.arange(fact.number.size).reshape(fact.shape)
+    ones, zeros = np.ones(fact.shape), np.zeros(fact.shape)
+    indices = view.numbers.of_facts(("indices", str(_signature(node))), fact, Fact(place, ones, zeros))
+    return [make(number, np.abs(fact.scale), fact.shift), make(indices, ones, zeros)]
 
 
-def _window_rule(facts: Callable[[Node, View], list[Fact] | None]) -> Rule:
-    return Rule(facts, same_layout_live, same_layout_ties, nothing_to_drop, "pool")
+def _max_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
+    mask = outs[0] if outs[0] is not None else np.zeros(view.of(node.inputs[0]).shape, dtype=bool)
+    if len(outs) > 1 and outs[1] is not None:
+        mask = mask | outs[1].any()
+    return {0: Demand(mask)}
 
 
-AVERAGE_POOL = _window_rule(_average_facts)
-MAX_POOL = _window_rule(_max_facts)
+def _max_ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
+    operand = node.inputs[0]
+    axes = range(len(view.of(operand).shape))
+    for slot, output in enumerate(node.outputs):
+        if all(positions.ids(output.name, axis) is None for axis in axes):
+            continue  # nobody reads it
+        for axis in axes:
+            yield from tie_axes(positions, (output.name, axis), (operand.name, axis))
+            if slot == 1:
+                yield freeze(positions.ids(operand.name, axis))
 
 
-def _reduced_axes(node: Node) -> list[int] | None:
-    """Return the axes that a reduction removes, not negative, or None where they or the rank are not known."""
-    rank = node.inputs[0].rank
-    if rank is None:
-        return None
-    axes = node.attribute("axes")
-    if axes is None and node.input(1) is not None:
-        given = node.constant(1)
-        if given is None:
-            return None
-        axes = given.ravel().tolist()
-    if not axes:
-        return [] if node.attribute("noop_with_empty_axes", 0) else list(range(rank))
-    return sorted(int(axis) % rank for axis in axes)
+def _pool(facts: Callable[[Node, View], list[Fact]]) -> Rule:
+    return Rule(_checked(facts), same_layout_live, same_layout_ties, nothing_to_drop, "pool")
 
 
-def _mean_facts(node: Node, view: View) -> list[Fact] | None:
-    axes = _reduced_axes(node)
-    fact = view.of(node.inputs[0])
-    if axes is None or any(fact.shape[axis] > 1 for axis in axes):
-        return None  # a mean over channels reads every one of them
-    result = linear_window(fact, ("ReduceMean", axes, node.inputs[0].shape, fact.shape), border=False, view=view)
-    if not node.attribute("keepdims", 1):
-        result = result.map(lambda array: array.squeeze(axis=tuple(axes)))
-    return [result]
-
-
-def _mean_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
-    assert outs[0] is not None
-    return {0: Demand(outs[0].reshape(view.of(node.inputs[0]).shape))}
-
-
-def _mean_ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
-    axes = _reduced_axes(node) or []
-    rank = len(view.of(node.inputs[0]).shape)
-    kept = list(range(rank)) if node.attribute("keepdims", 1) else [axis for axis in range(rank) if axis not in axes]
-    for out_axis, in_axis in enumerate(kept):
-        yield from tie_axes(positions, (node.outputs[0].name, out_axis), (node.inputs[0].name, in_axis))
-
-
-REDUCE_MEAN = Rule(_mean_facts, _mean_live, _mean_ties, nothing_to_drop, "pool")
+AVERAGE_POOL = _pool(_average_facts)
+LP_POOL = _pool(_lp_facts)
+MAX_POOL = Rule(
+    _checked(_max_facts), _max_live, _max_ties, nothing_to_drop, "pool", types=FLOATS | {"int8", "int64", "uint8"}
+)

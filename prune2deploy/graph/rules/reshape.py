@@ -10,8 +10,9 @@ import numpy as np
 from prune2deploy.graph.constraints import FROZEN, Constraint, Hull, Positions
 from prune2deploy.graph.fact import Fact, Shape, expand, layout_key
 from prune2deploy.graph.node import Node
-from prune2deploy.graph.rules.base import Demand, Edit, Rule, View, tie_axes
+from prune2deploy.graph.rules.base import Demand, Edit, Rule, View, freeze, tie_axes
 from prune2deploy.graph.rules.pool import linear_window
+from prune2deploy.graph.rules.sources import MOVED, computed, everything
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,42 @@ class Block:
     into: tuple[int, ...]
     out: tuple[int, ...]
 
+    @property
+    def same(self) -> bool:
+        """Whether it is a single axis on either side."""
+        return len(self.into) == len(self.out) == 1
+
 
 def blocks(before: Shape, after: Shape) -> list[Block] | None:
     """Return the smallest blocks of two shapes of one tensor, or None where unknown sizes leave them open.
 
-    Named dimensions match themselves; a block is closed as soon as the products on both sides agree.
+    Blocks are closed from the front, and then from the back, as soon as the products on both sides provably agree;
+    named dimensions match themselves. What is left in the middle is one block: the products of all sizes agree, and
+    none is 0, so those of the rest do too.
     """
+    front = _matched(before, after)
+    i, j = _ends(front)
+    back = _matched(before[i:][::-1], after[j:][::-1])
+    p, q = (len(before) - _ends(back)[0], len(after) - _ends(back)[1])
+    if (i == p) != (j == q):  # the rest is a product of 1 that is not known to be one
+        return None
+    middle = [Block(tuple(range(i, p)), tuple(range(j, q)))] if i < p else []
+    mirrored = [
+        Block(
+            tuple(len(before) - 1 - axis for axis in block.into[::-1]),
+            tuple(len(after) - 1 - axis for axis in block.out[::-1]),
+        )
+        for block in back[::-1]
+    ]
+    return [*front, *middle, *mirrored]
+
+
+def _ends(found: list[Block]) -> tuple[int, int]:
+    return sum(len(block.into) for block in found), sum(len(block.out) for block in found)
+
+
+def _matched(before: Shape, after: Shape) -> list[Block]:
+    """Return the blocks that can be closed one after the other from the front."""
     found: list[Block] = []
     i = j = 0
     while i < len(before) or j < len(after):
@@ -36,7 +67,7 @@ def blocks(before: Shape, after: Shape) -> list[Block] | None:
         else:
             grown = _grow(before, after, i, j)
             if grown is None:
-                return None
+                break
             i, j = grown
         found.append(Block(tuple(range(first_i, i)), tuple(range(first_j, j))))
     return found
@@ -62,21 +93,11 @@ def _grow(before: Shape, after: Shape, i: int, j: int) -> tuple[int, int] | None
             return at[0], at[1]
 
 
-def _target(node: Node) -> Shape | None:
-    """Return the output's shape; its one open size takes the name of the input's where it can be nothing else."""
-    before, after = node.inputs[0].shape, node.outputs[0].shape
-    if before is None or after is None:
-        return None
-    opens = [[size for size in shape if not isinstance(size, int)] for shape in (before, after)]
-    rests = [int(np.prod([size for size in shape if isinstance(size, int)])) for shape in (before, after)]
-    if len(opens[0]) == len(opens[1]) == 1 and rests[0] == rests[1] > 0:
-        return tuple(size if isinstance(size, int) else opens[0][0] for size in after)
-    return after
-
-
-def _blocks(node: Node, view: View) -> list[Block] | None:
-    before, after = node.inputs[0].shape, _target(node)
-    return None if before is None or after is None else blocks(before, after)
+def _found(node: Node, view: View) -> list[Block]:
+    """Return the blocks of a node that has some."""
+    found = view.once(node, "blocks", lambda: blocks(node.inputs[0].shape or (), node.outputs[0].shape or ()))
+    assert found is not None
+    return found
 
 
 def _expanded(node: Node, view: View, block: Block) -> bool:
@@ -84,25 +105,33 @@ def _expanded(node: Node, view: View, block: Block) -> bool:
     return any(layout[axis] > 1 for axis in block.into)
 
 
-def _facts(node: Node, view: View) -> list[Fact] | None:
-    found = _blocks(node, view)
-    before, after = node.inputs[0].shape, _target(node)
-    if found is None or before is None or after is None:
-        return None
+def _facts(node: Node, view: View) -> list[Fact] | str:
+    before, after = node.inputs[0].shape, node.outputs[0].shape
+    if before is None or after is None:
+        return "the rank of its result is not known"
+    if any(size == 0 for size in (*before, *after)):
+        return "its result is empty"
+    found = view.once(node, "blocks", lambda: blocks(before, after))
+    if found is None:
+        return "its sizes are not known"
     fact = view.of(node.inputs[0])
     target: list[int] = [1] * len(after)
     merged: list[Block] = []
     for block in found:
-        sizes = [after[axis] for axis in block.out]
         if _expanded(node, view, block):
             for axis in block.into:
                 size = before[axis]
                 if not isinstance(size, int):
-                    return None
+                    return "it merges channels with an axis whose size is not known"
                 fact = expand(fact, axis, size, before, view.numbers)
-            for axis, size in zip(block.out, sizes, strict=True):
-                target[axis] = int(size) if isinstance(size, int) else 1
-        elif len(block.into) != 1 or len(block.out) != 1:
+            for axis in block.out:
+                size = after[axis]
+                if not isinstance(size, int):
+                    if not block.same:
+                        return "it splits channels into sizes that are not known"
+                    size = fact.shape[block.into[0]]
+                target[axis] = size
+        elif not block.same:
             merged.append(block)
     if merged:
         signature = ("Reshape", str(merged), after, layout_key(before, fact))
@@ -111,30 +140,34 @@ def _facts(node: Node, view: View) -> list[Fact] | None:
 
 
 def _live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
-    found, before = _blocks(node, view), node.inputs[0].shape
-    assert found is not None
+    before = node.inputs[0].shape
     assert before is not None
     assert outs[0] is not None
     shape = [1] * len(before)
-    for block in found:
+    for block in _found(node, view):
         if _expanded(node, view, block):
             for axis in block.into:
                 size = before[axis]
                 assert isinstance(size, int)
                 shape[axis] = size
-    return {0: Demand(outs[0].reshape(shape))}
+    demands = {0: Demand(outs[0].reshape(shape))}
+    if _shape(node, view) is None:  # it takes a computed shape as it comes
+        demands |= {slot: everything(node.inputs[slot], view) for slot in computed(node, (1,))}
+    return demands
 
 
 def _ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
-    found = _blocks(node, view)
-    assert found is not None
     operand, output = node.inputs[0], node.outputs[0]
-    for block in found:
+    fixed = bool(computed(node, (1,))) and _shape(node, view) is None
+    for block in _found(node, view):
         if not _expanded(node, view, block):
             continue
         into = [axis for axis in block.into if (operand.shape or ())[axis] != 1]
         out = [axis for axis in block.out if (output.shape or ())[axis] != 1]
-        if len(into) == 1 and len(out) == 1:
+        if fixed:
+            for value, axes in ((operand, into), (output, out)):
+                yield from (freeze(positions.ids(value.name, axis)) for axis in axes)
+        elif len(into) == 1 and len(out) == 1:
             yield from tie_axes(positions, (operand.name, into[0]), (output.name, out[0]))
         else:
             sides = (
@@ -155,40 +188,38 @@ def _axes(positions: Positions, value: str, shape: Shape | None, axes: list[int]
     return tuple(found)
 
 
+def _shape(node: Node, view: View) -> list[int] | None:
+    """Return a constant shape for the whole output: 0 copies an axis in its place, -1 is the only one left open."""
+    output = node.outputs[0].shape or ()
+    copied = {block.out[0] for block in _found(node, view) if block.same and block.into == block.out}
+    sizes = [size if isinstance(size, int) else 0 if axis in copied else -1 for axis, size in enumerate(output)]
+    return sizes if sizes.count(-1) < 2 else None
+
+
 def _drop(node: Node, edit: Edit) -> None:
-    """Rewrite the target shape; 0 copies an axis at the same place, -1 is left for one that is dynamic."""
-    output = node.outputs[0]
-    shape = _target(node)
-    assert shape is not None
-    kept = [edit.kept(output, axis) for axis in range(len(shape))]
-    if all(indices is None for indices in kept) or node.op_type == "Flatten":
+    """Rewrite the target shape, or only the entries of the axes that changed where it is written down."""
+    if node.op_type == "Flatten":
         return
-    sizes: list[int] = []
-    for axis, (size, indices) in enumerate(zip(shape, kept, strict=True)):
+    operand, output, given = node.inputs[0], node.outputs[0], node.constant(1)
+    kept = [edit.kept(output, axis) for axis in range(output.rank or 0)]
+    if given is None:
+        sizes = _shape(node, edit.view)
+        if sizes is None:
+            return
+    else:
+        sizes = [int(size) for size in given.ravel()]
+    zeros_copy = given is None or not node.attribute("allowzero", 0)
+    for axis, indices in enumerate(kept):
         if indices is not None:
-            sizes.append(len(indices))
-        elif isinstance(size, int):
-            sizes.append(size)
-        elif axis < len(node.inputs[0].shape or ()) and (node.inputs[0].shape or ())[axis] == size:
-            sizes.append(0)
-        else:
-            sizes.append(-1)
-    edit.set_constant(1, np.array(sizes, dtype=np.int64))
-    if node.attribute("allowzero", 0):
+            sizes[axis] = len(indices)
+        elif sizes[axis] == 0 and zeros_copy and edit.kept(operand, axis) is not None:
+            size = (output.shape or ())[axis]  # what it would copy has become smaller
+            assert isinstance(size, int)
+            sizes[axis] = size
+    if given is None:
         edit.set_attribute("allowzero", 0)
+    if given is None or sizes != [int(size) for size in given.ravel()]:
+        edit.set_constant(1, np.array(sizes, dtype=np.int64))
 
 
-def _checked_facts(node: Node, view: View) -> list[Fact] | None:
-    """Refuse shapes that could not be rewritten: more than one dynamic size that cannot be copied."""
-    before, after = node.inputs[0].shape or (), _target(node) or ()
-    open_sizes = [
-        axis
-        for axis, size in enumerate(after)
-        if not isinstance(size, int) and not (axis < len(before) and before[axis] == size)
-    ]
-    if len(open_sizes) > 1 or any(size == 0 for size in (*before, *after)):
-        return None
-    return _facts(node, view)
-
-
-RESHAPE = Rule(_checked_facts, _live, _ties, _drop, "movement")
+RESHAPE = Rule(_facts, _live, _ties, _drop, "movement", types=MOVED)

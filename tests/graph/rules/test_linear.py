@@ -7,6 +7,17 @@ from graph.rule_check import Line, check_line, dense, f32, label, planted
 
 SQUARE = planted(6, 6, 3, 3)
 
+
+def columns_planted(*shape: int) -> np.ndarray:
+    """Weights of a transposed convolution with an output that reads nothing, and one that repeats."""
+    array = dense(*shape)
+    if shape[1] > 3:
+        array[:, 1], array[:, 3] = 0, array[:, 0]
+    else:
+        array[:, 1] = 0
+    return array
+
+
 LINES: list[Line] = [
     ("Conv", ("x", SQUARE), {}),
     ("Conv", ("x", SQUARE, dense(6)), {"pads": [1] * 4}),
@@ -33,13 +44,54 @@ LINES: list[Line] = [
     ("Gemm", ("x", planted(4, 6), dense(1)), {"spatial": (), "transB": 1}),
     ("Gemm", ("x", planted(4, 6), f32(0.3)), {"spatial": (), "transB": 1}),
     ("Gemm", ("x", planted(4, 6)), {"spatial": (), "transB": 1, "alpha": -2.0}),
-    ("Gemm", ("x", dense(2, 4)), {"spatial": (), "transA": 1, "batch": 2, "opaque": True, "removes": False}),
+    ("Gemm", ("x", dense(2, 4)), {"spatial": (), "transA": 1, "batch": 2}),
+    ("Gemm", ("x", planted(4, 2), dense(4)), {"spatial": (), "transA": 1, "transB": 1, "batch": 2, "alpha": 0.5}),
+    (
+        "Gemm",
+        ("x", planted(4, 6), dense(2, 4)),
+        {"spatial": (), "transB": 1, "batch": 2, "opaque": True, "removes": False},
+    ),
+    ("Gemm", ("x", planted(6, 6), "x"), {"spatial": (), "transB": 1, "opaque": True, "removes": False}),
+    ("Gemm", (planted(5, 6), "x"), {"spatial": (), "transB": 1}),
+    ("Gemm", (planted(5, 6), "x", dense(5, 1)), {"spatial": (), "transB": 1, "alpha": 0.5, "beta": -1.0}),
+    ("Gemm", (planted(6, 5), "x", f32(0.5)), {"spatial": (), "transA": 1, "transB": 1}),
+    ("Gemm", (planted(5, 2), "x"), {"spatial": (), "batch": 2}),
+    ("Gemm", (planted(5, 2).T, "x", dense(1, 1)), {"spatial": (), "batch": 2, "transA": 1}),
+    (
+        "Gemm",
+        (planted(5, 6), "x", dense(2)),
+        {"spatial": (), "transB": 1, "batch": 2, "opaque": True, "removes": False},
+    ),
     ("MatMul", ("x", planted(4, 6).T), {"spatial": ()}),
     ("MatMul", ("x", dense(6, 4)), {}),
     ("MatMul", ("x", np.zeros((6, 4), f32)), {}),
+    ("MatMul", ("x", dense(6)), {"removes": False}),
+    ("MatMul", ("x", planted(4, 6).T[None, None]), {"spatial": ()}),
+    ("MatMul", ("x", dense(1, 6, 4)), {}),
+    ("MatMul", ("x", dense(6, 6, 4)), {"opaque": True, "removes": False}),
     ("MatMul", (dense(5, 6), "x"), {}),
+    ("MatMul", (dense(6), "x"), {"spatial": (4,)}),
+    ("MatMul", (dense(1, 5, 6), "x"), {"spatial": (4,)}),
     ("MatMul", (dense(5, 2), "x"), {"spatial": (), "batch": 2}),
     ("MatMul", (dense(4, 6), "x"), {"spatial": (4,)}),
+    ("ConvTranspose", ("x", planted(6, 5, 3, 3)), {}),
+    ("ConvTranspose", ("x", planted(6, 5, 3, 3), dense(5)), {"strides": [2, 2]}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 3, 3), dense(5)), {"strides": [2, 1], "pads": [1] * 4}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 2, 2), dense(5)), {"strides": [2, 2]}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 2, 2)), {"strides": [3, 3], "output_padding": [1, 2]}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 3, 3)), {"strides": [2, 2], "output_shape": [12, 13]}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 3, 3)), {"strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 3, 3)), {"dilations": [2, 2], "opset": 11}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 1, 1), dense(5)), {}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 1, 1), dense(5)), {"strides": [2, 2]}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 1, 1), dense(5)), {"output_padding": [0, 0], "pads": [1, 0, 0, 0]}),
+    ("ConvTranspose", ("x", columns_planted(6, 2, 3, 3), dense(4)), {"group": 2, "strides": [2, 2]}),
+    ("ConvTranspose", ("x", planted(6, 2, 1, 1), dense(6)), {"group": 3}),
+    ("ConvTranspose", ("x", planted(6, 1, 3, 3), dense(6)), {"group": 6, "pads": [1] * 4}),
+    ("ConvTranspose", ("x", planted(6, 2, 3, 3), dense(12)), {"group": 6}),
+    ("ConvTranspose", ("x", columns_planted(6, 5, 3)), {"spatial": (7,), "strides": [2]}),
+    ("ConvTranspose", ("x", columns_planted(6, 4, 2, 2, 2), dense(4)), {"spatial": (3, 4, 3), "batch": 2}),
+    ("ConvTranspose", ("x", np.full((6, 2, 1, 1), np.inf, f32)), {"opaque": True, "removes": False}),
 ]
 
 

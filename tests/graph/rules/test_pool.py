@@ -1,35 +1,113 @@
 """Lines of the family pool."""
 
-import pytest
+from typing import Any
 
-from graph.rule_check import Line, check_line, ints, label
+import numpy as np
+import pytest
+from onnx.helper import make_node as node
+
+from graph.rule_check import Line, check_line, label
+from graph.small import analysis_of, graph, kept, operators, slim_and_verify, weights
 
 LINES: list[Line] = [
     ("MaxPool", ("x",), {"kernel_shape": [3, 3]}),
+    ("MaxPool", ("x",), {"kernel_shape": [3, 3], "opset": 9}),
     ("MaxPool", ("x",), {"kernel_shape": [3, 3], "pads": [1] * 4, "strides": [2, 2]}),
     ("MaxPool", ("x",), {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
     ("MaxPool", ("x",), {"kernel_shape": [2, 2], "dilations": [2, 2]}),
+    ("MaxPool", ("x",), {"kernel_shape": [2, 2], "dilations": [2, 2], "pads": [1] * 4, "opset": 22}),
+    ("MaxPool", ("x",), {"kernel_shape": [3, 3], "auto_pad": "SAME_LOWER", "strides": [2, 2]}),
     ("MaxPool", ("x",), {"kernel_shape": [3], "spatial": (7,)}),
+    ("MaxPool", ("x",), {"kernel_shape": [2, 2, 3], "spatial": (3, 4, 5), "pads": [0, 1, 1, 0, 0, 1]}),
+    ("MaxPool", ("x",), {"kernel_shape": [2, 2], "outputs": 2, "storage_order": 1}),
+    # Between its taps there is the whole input, so a window may see nothing but padding.
+    (
+        "MaxPool",
+        ("x",),
+        {"kernel_shape": [2, 2], "dilations": [3, 1], "pads": [1, 0, 1, 0], "spatial": (2, 6)}
+        | {"opaque": True, "removes": False},
+    ),
     ("AveragePool", ("x",), {"kernel_shape": [3, 3]}),
     ("AveragePool", ("x",), {"kernel_shape": [3, 3], "pads": [1] * 4}),
     ("AveragePool", ("x",), {"kernel_shape": [3, 3], "pads": [1] * 4, "count_include_pad": 1}),
     ("AveragePool", ("x",), {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
     ("AveragePool", ("x",), {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": 1}),
+    *(
+        (
+            "AveragePool",
+            ("x",),
+            {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": c, "pads": [1, 0, 1, 0]}
+            | {"opset": opset, "spatial": (7, 8)},
+        )
+        for c in (0, 1)
+        for opset in (11, 19, 22)
+    ),
     ("AveragePool", ("x",), {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER", "count_include_pad": 1}),
     ("AveragePool", ("x",), {"kernel_shape": [2, 2], "auto_pad": "VALID", "opset": 9}),
+    ("AveragePool", ("x",), {"kernel_shape": [2, 2], "dilations": [2, 3], "opset": 19}),
+    ("AveragePool", ("x",), {"kernel_shape": [2, 2], "dilations": [2, 2], "pads": [1] * 4, "opset": 19}),
+    ("AveragePool", ("x",), {"kernel_shape": [3], "pads": [1, 1], "spatial": (7,), "count_include_pad": 1}),
+    ("AveragePool", ("x",), {"kernel_shape": [2, 1, 3], "spatial": (3, 4, 5)}),
+    ("LpPool", ("x",), {"kernel_shape": [2, 2]}),
+    ("LpPool", ("x",), {"kernel_shape": [3, 3], "p": 1, "opset": 9}),
+    ("LpPool", ("x",), {"kernel_shape": [3, 3], "p": 3, "opset": 11, "strides": [2, 2]}),
+    ("LpPool", ("x",), {"kernel_shape": [3, 3], "pads": [1] * 4}),
+    ("LpPool", ("x",), {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER", "opset": 22}),
+    ("LpPool", ("x",), {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1, "spatial": (5, 7)}),
+    ("LpPool", ("x",), {"kernel_shape": [2, 2], "dilations": [2, 2], "opset": 22}),
     ("GlobalAveragePool", ("x",), {}),
+    ("GlobalAveragePool", ("x",), {"spatial": (5,), "opset": 22}),
     ("GlobalMaxPool", ("x",), {}),
-    ("ReduceMean", ("x", ints(2, 3)), {}),
-    ("ReduceMean", ("x", ints(-1)), {"keepdims": 0}),
-    ("ReduceMean", ("x", ints(3, 2)), {"keepdims": 0}),
-    ("ReduceMean", ("x",), {"axes": [2, -1], "keepdims": 0, "opset": 13}),
-    ("ReduceMean", ("x",), {"axes": [3], "opset": 9}),
-    ("ReduceMean", ("x",), {"noop_with_empty_axes": 1}),
-    ("ReduceMean", ("x", ints(0)), {"keepdims": 0}),
-    ("ReduceMean", ("x", ints(1)), {"opaque": True, "removes": False}),
+    ("GlobalMaxPool", ("x",), {"spatial": (2, 3, 4), "opset": 22}),
+    ("GlobalLpPool", ("x",), {}),
+    ("GlobalLpPool", ("x",), {"p": 3, "spatial": (5,), "opset": 9}),
+    ("GlobalLpPool", ("x",), {"p": 1, "batch": 2}),
 ]
 
 
 @pytest.mark.parametrize("line", LINES, ids=label)
 def test_rule(line: Line) -> None:
     check_line(line)
+
+
+def _pooled(outputs: list[str], read: list[str], *, size: Any) -> Any:
+    weight = weights(4, 3, 1, 1, zero=(1,))
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("MaxPool", ["a"], outputs, kernel_shape=[2, 2], strides=[2, 2]),
+        node("Conv", ["p", "v"], ["y"]),
+    ]
+    return graph(nodes, {"w": weight, "v": weights(2, 4, 1, 1, seed=1)}, {"x": ["N", 3, size, size]}, read)
+
+
+def test_places_of_the_maximum_count_over_all_channels_so_a_reader_keeps_them() -> None:
+    assert kept(_pooled(["p", "places"], ["y", "places"], size=8), "a") == [True] * 4
+    slim_and_verify(_pooled(["p", "places"], ["y", "places"], size=8))
+
+
+def test_places_that_nobody_reads_keep_nothing() -> None:
+    assert kept(_pooled(["p", "places"], ["y"], size="H"), "a") == [True, False, True, True]
+
+
+def test_a_global_lp_pool_of_unknown_size_still_drops_zero_channels() -> None:
+    nodes = [node("Conv", ["x", "w", "b"], ["a"]), node("GlobalLpPool", ["a"], ["p"]), node("Conv", ["p", "v"], ["y"])]
+    constants = {
+        "w": weights(4, 3, 1, 1, zero=(1, 2)),
+        "b": np.array([0, 0, 0.7, 0], np.float32),
+        "v": weights(2, 4, 1, 1, seed=1),
+    }
+    model = graph(nodes, constants, {"x": ["N", 3, "H", "W"]}, ["y"])
+    assert kept(model, "a") == [True, False, True, True]  # 0.7 times the square root of a size that is not known
+    slim_and_verify(model)
+
+
+def test_a_pool_over_positions_says_why_it_declines() -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Transpose", ["a"], ["t"], perm=[0, 2, 3, 1]),
+        node("MaxPool", ["t"], ["p"], kernel_shape=[2, 2]),
+    ]
+    model = graph(nodes, {"w": weights(4, 3, 1, 1, zero=(1,))}, {"x": [1, 3, 6, 6]}, ["p"])
+    analysis = analysis_of(model)
+    assert list(analysis.known.opaque.values()) == ["its space holds channels"]
+    assert operators(slim_and_verify(model).model) == ["Conv", "Transpose", "MaxPool"]

@@ -1,8 +1,13 @@
-"""Lines of the family reshape."""
+"""Lines of the family reshape, and shapes of which little is known."""
 
+import numpy as np
 import pytest
+from onnx.helper import make_node as node
 
 from graph.rule_check import Line, check_line, ints, label
+from graph.small import analysis_of, graph, initializer, operators, parse, slim_and_verify, weights
+from prune2deploy.graph.fact import Shape
+from prune2deploy.graph.rules.reshape import blocks
 
 LINES: list[Line] = [
     ("Flatten", ("x",), {}),
@@ -25,3 +30,112 @@ LINES: list[Line] = [
 @pytest.mark.parametrize("line", LINES, ids=label)
 def test_rule(line: Line) -> None:
     check_line(line)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        (("N", 6, "H", "W"), ("N", 6, None), [((0,), (0,)), ((1,), (1,)), ((2, 3), (2,))]),
+        (("N", 6, "H", "W"), (None, 6, "L"), None),
+        (("N", 6, "H", "W"), ("N", 2, 3, None), [((0,), (0,)), ((1,), (1, 2)), ((2, 3), (3,))]),
+        (("N", "H", "W", 6), (None, 6), [((0, 1, 2), (0,)), ((3,), (1,))]),
+        (("N", "H", "W", 6), (None, 4, 4, 6), [((0, 1, 2), (0, 1, 2)), ((3,), (3,))]),
+        (("N", "L", 6), ("N", None, 2, 3), [((0,), (0,)), ((1,), (1,)), ((2,), (2, 3))]),
+        (("N", 6, None), ("N", 6), None),
+        ((None, 6), (None, 2, 3), [((0,), (0,)), ((1,), (1, 2))]),
+        ((None, 6), (2, None, 3), [((0, 1), (0, 1, 2))]),
+    ],
+)
+def test_blocks_are_matched_from_both_ends(
+    before: Shape, after: Shape, found: list[tuple[tuple[int, ...], tuple[int, ...]]] | None
+) -> None:
+    got = blocks(before, after)
+    if found is None:  # all in one block, if any
+        assert got is None or [(block.into, block.out) for block in got][-1][0] == tuple(range(len(before)))
+    else:
+        assert got is not None
+        assert [(block.into, block.out) for block in got] == found
+
+
+def test_a_detection_head_of_open_height_and_width() -> None:
+    constants = {
+        "w": weights(6, 3, 1, 1, zero=(1, 4)),
+        "shape": ints(0, 6, -1),
+        "v": weights(6, 2),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Reshape", ["a", "shape"], ["b"]),
+        node("Transpose", ["b"], ["c"], perm=[0, 2, 1]),
+        node("MatMul", ["c", "v"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, "H", "W"]}, {"y": ["N", None, 2]}))
+    assert slimmed.removed_channels == 2
+    assert initializer(slimmed.model, "shape").tolist() == [0, 4, -1]
+
+
+def test_flatten_after_pruning_keeps_an_open_batch() -> None:
+    for shape in (ints(0, 144), ints(-1, 144), ints(0, -1)):
+        constants = {"w": weights(4, 3, 1, 1, zero=(0, 2)), "shape": shape, "m": weights(144, 3)}
+        nodes = [
+            node("Conv", ["x", "w"], ["a"]),
+            node("Reshape", ["a", "shape"], ["b"]),
+            node("Gemm", ["b", "m"], ["y"]),
+        ]
+        slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 6, 6]}, {"y": ["N", 3]}))
+        assert slimmed.removed_channels == 2
+        assert initializer(slimmed.model, "shape").tolist() == [shape[0], 72]
+
+
+def test_a_shape_that_is_computed_is_written_down() -> None:
+    """As exporters write ``x.view(x.size(0), -1)``."""
+    constants = {"w": weights(4, 3, 1, 1, zero=(0, 2)), "zero": np.array(0), "at": ints(0), "rest": ints(-1)}
+    constants["m"] = weights(144, 3)
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Shape", ["a"], ["s"]),
+        node("Gather", ["s", "zero"], ["n"]),
+        node("Unsqueeze", ["n", "at"], ["n1"]),
+        node("Concat", ["n1", "rest"], ["shape"], axis=0),
+        node("Reshape", ["a", "shape"], ["b"]),
+        node("Gemm", ["b", "m"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 6, 6]}, {"y": ["N", 3]}))
+    assert slimmed.removed_channels == 2
+    assert operators(slimmed.model) == ["Conv", "Reshape", "Gemm"]
+
+
+def test_a_shape_that_only_the_user_knows_keeps_the_channels() -> None:
+    model = parse(
+        "agraph (float[N,3,6,6] x, int64[4] shape) => (float[N,4,I,J] y)"
+        "{ a = Conv(x, w) b = Reshape(a, shape) y = Relu(b) }",
+        w=weights(4, 3, 1, 1, zero=(0, 2)),
+    )
+    analysis = analysis_of(model)
+    assert analysis.keep.removed == 0
+
+
+def test_a_zero_that_copies_a_size_that_shrinks_is_written_out() -> None:
+    """The third entry copies 4 channels' worth of another axis, which stays as it is."""
+    constants = {"w": weights(6, 3, 1, 1, zero=(1,)), "shape": ints(2, 0, 6, 6), "v": weights(2, 6, 1, 1)}
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Reshape", ["a", "shape"], ["b"]),
+        node("Conv", ["b", "v"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": [2, 3, 6, 6]}, {"y": [2, 2, 6, 6]}))
+    assert slimmed.removed_channels == 1
+
+
+def test_heads_of_an_attention_with_an_open_length_keep_a_rectangle() -> None:
+    constants = {"w": weights(3, 6), "heads": ints(0, -1, 2, 3), "v": weights(3, 2), "flat": ints(0, -1, 4)}
+    constants["v"][1] = 0  # the second of three in each head is not read
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Reshape", ["a", "heads"], ["b"]),
+        node("MatMul", ["b", "v"], ["c"]),
+        node("Reshape", ["c", "flat"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", "L", 3]}, {"y": ["N", "L", 4]}))
+    assert initializer(slimmed.model, "w").shape == (3, 4)
+    assert initializer(slimmed.model, "heads").tolist() == [0, -1, 2, 2]

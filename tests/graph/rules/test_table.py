@@ -10,4 +10,5 @@ from prune2deploy.graph.rules import RULES
 def test_every_rule_has_a_line() -> None:
     modules = [importlib.import_module(f"graph.rules.{item.name}") for item in pkgutil.iter_modules(families.__path__)]
     lines = [line for module in modules for line in getattr(module, "LINES", ())]
-    assert {op for op, _, _ in lines} == set(RULES)
+    elsewhere = {op for module in modules for op in getattr(module, "TESTED_BY_OTHER_MEANS", ())}
+    assert {op for op, _, _ in lines} | elsewhere == set(RULES)
