@@ -269,7 +269,8 @@ def slim(
         shapes = _shapes(input_)
         slimmed = pipeline.slim(model, target, round_to=round_to, rtol=rtol, drops=drop, shapes=shapes, note=live.note)
     section = pipeline.slim_section(model, target, slimmed)
-    document, parts = {"slim": section}, [slim_summary(section, target)]
+    document: dict[str, Any] = {"slim": section}
+    parts = [slim_summary(section, target)]
     if explain:
         document["explain"] = pipeline.reasons(model, slimmed)
         parts.append(reasons_tree(document["explain"]))

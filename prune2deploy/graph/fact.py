@@ -50,13 +50,15 @@ class Numbers:
 
     def __init__(self) -> None:
         self._of_key: dict[Hashable, int] = {("one",): ONE}
-        self._undigested: dict[Hashable, Callable[[], bytes]] = {}
+        self._undigested: dict[Hashable, tuple[Callable[[int], bytes], int]] = {}
 
     def intern(self, key: Hashable) -> int:
         """Return the number of the function with this key."""
         return self._of_key.setdefault(key, len(self._of_key))
 
-    def of_row(self, mark: int, inputs: bytes, print_: tuple[int, int], digest_of: Callable[[], bytes]) -> int:
+    def of_row(
+        self, mark: int, inputs: bytes, print_: tuple[int, int], digest_of: Callable[[int], bytes], row: int
+    ) -> int:
         """Return the number of a linear layer's row that reads these inputs.
 
         ``print_`` is a cheap mark that equal rows share. Only where another row has it too are both digested:
@@ -65,12 +67,16 @@ class Numbers:
         quick = (mark, inputs, print_)
         known = self._of_key.get(quick)
         if known is None:
-            self._undigested[quick] = digest_of
+            self._undigested[quick] = (digest_of, row)
             return self.intern(quick)
-        first = self._undigested.pop(quick, None)
-        if first is not None:
-            self._of_key[(mark, inputs, first())] = known
-        return self.intern((mark, inputs, digest_of()))
+        if quick in self._undigested:
+            first_of, first = self._undigested.pop(quick)
+            self._of_key[(mark, inputs, first_of(first))] = known
+        return self.intern((mark, inputs, digest_of(row)))
+
+    def end_rows(self) -> None:
+        """Forget what only further calls of `of_row` would need."""
+        self._undigested.clear()
 
     def intern_all(self, keys: Iterable[Hashable]) -> np.ndarray:
         """Return the numbers of many keys, int64."""

@@ -46,6 +46,7 @@ def channel_facts(tables: Tables) -> Known:
                 facts[operand.name] = made[slot]
             else:
                 facts[operand.name] = unknown(numbers, operand.rank or 0, ("opaque", node.index, slot))
+    numbers.end_rows()
     return Known(view, tuple(rules), opaque)
 
 

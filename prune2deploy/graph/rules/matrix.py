@@ -178,11 +178,12 @@ def read_rows(matrix: Matrix, cols: Columns, signature: Hashable, numbers: Numbe
     shift = matrix.bias + constant_part(matrix.weight, cols.offset)
     number = np.zeros(len(constant), dtype=np.int64)
     mark = numbers.intern(("linear", signature))
+    digest_of = partial(row_digest, matrix, cols, classes)
     for pattern, rows in _by_pattern(bits, ~constant).items():
         read = np.flatnonzero(np.unpackbits(np.frombuffer(pattern, dtype=np.uint8), count=len(classes.key)))
         inputs = digest(np.sort(classes.key[read]))
         for row in rows:
-            number[row] = numbers.of_row(mark, inputs, prints[row], partial(row_digest, matrix, cols, classes, row))
+            number[row] = numbers.of_row(mark, inputs, prints[row], digest_of, row)
     return Reads(classes.class_of, bits, classes.members, constant, shift), number
 
 
