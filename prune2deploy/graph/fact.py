@@ -50,29 +50,44 @@ class Numbers:
 
     def __init__(self) -> None:
         self._of_key: dict[Hashable, int] = {("one",): ONE}
-        self._undigested: dict[Hashable, tuple[Callable[[int], bytes], int]] = {}
+        self._length: dict[int, float] = {}
+        self._undigested: dict[Hashable, tuple[Callable[[int], tuple[bytes, float]], int]] = {}
 
     def intern(self, key: Hashable) -> int:
         """Return the number of the function with this key."""
         return self._of_key.setdefault(key, len(self._of_key))
 
     def of_row(
-        self, mark: int, inputs: bytes, print_: tuple[int, int], digest_of: Callable[[int], bytes], row: int
-    ) -> int:
-        """Return the number of a linear layer's row that reads these inputs.
+        self,
+        mark: int,
+        inputs: bytes,
+        print_: Hashable,
+        shape_of: Callable[[int], tuple[bytes, float]],
+        row: int,
+    ) -> tuple[int, float]:
+        """Return the number of a linear layer's row that reads these inputs, and how many times that function it is.
 
-        ``print_`` is a cheap mark that equal rows share. Only where another row has it too are both digested:
-        ``digest_of`` may be called later, for the sake of a row that is yet to come.
+        ``print_`` is a cheap mark that equal and proportional rows share. Only where another row has it too is
+        ``shape_of`` asked for a digest that exactly proportional rows share, and for the row's length in units of it;
+        it may be called later, for the sake of a row that is yet to come.
         """
         quick = (mark, inputs, print_)
         known = self._of_key.get(quick)
         if known is None:
-            self._undigested[quick] = (digest_of, row)
-            return self.intern(quick)
+            self._undigested[quick] = (shape_of, row)
+            return self.intern(quick), 1.0
         if quick in self._undigested:
             first_of, first = self._undigested.pop(quick)
-            self._of_key[(mark, inputs, first_of(first))] = known
-        return self.intern((mark, inputs, digest_of(row)))
+            shape, length = first_of(first)
+            self._of_key[(mark, inputs, shape)] = known
+            self._length[known] = length
+        own, length = shape_of(row)
+        return self.scaled((mark, inputs, own), length)
+
+    def scaled(self, key: Hashable, length: float) -> tuple[int, float]:
+        """Return the number of a function that is known but for its length, and how many times it is the first such."""
+        number = self.intern(key)
+        return number, length / self._length.setdefault(number, length)
 
     def end_rows(self) -> None:
         """Forget what only further calls of `of_row` would need."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto
 from onnx.helper import make_node as node
 
@@ -123,3 +124,28 @@ def test_wide_rows_are_looked_at_in_blocks() -> None:
     ]
     slimmed = slim_and_verify(graph(nodes, constants, {"x": IMAGE}, ["y"]))
     assert [row.after for row in slimmed.layers] == [200, 38, 2]
+
+
+@pytest.mark.parametrize(("factor", "alias"), [(2, True), (-0.5, True), (3, True), (1 / 3, False)])
+@pytest.mark.parametrize("group", [1, 3])
+def test_exactly_proportional_rows_are_multiples_of_one_function(factor: float, alias: bool, group: int) -> None:
+    """Weights of few bits, whose threefold is exact; a third is rounded, and so another function."""
+    first = np.round(64 * weights(6, 3 // group, 3, 3)) / 64
+    first[1] = (first[0] * np.float32(factor)).astype(np.float32)
+    model = two_branches(first, first) if group == 1 else grouped(first)
+    fact = channel_facts(tables(normalise(copy_of(model)))).view.facts["a"]
+    number, scale = fact.number.ravel(), fact.scale.ravel()
+    assert (number[0] == number[1]) == alias
+    if alias:
+        assert scale[1] / scale[0] == factor
+    slim_and_verify(model)
+
+
+def grouped(weight: np.ndarray) -> onnx.ModelProto:
+    nodes = [
+        node("Conv", ["x", "stem"], ["s"]),
+        node("Conv", ["s", "w"], ["a"], group=3),
+        node("Conv", ["a", "last"], ["y"]),
+    ]
+    constants = {"stem": weights(3, 3, 1, 1, seed=5), "w": weight, "last": weights(2, 6, 1, 1, seed=6)}
+    return graph(nodes, constants, {"x": IMAGE}, ["y"])

@@ -16,7 +16,7 @@ from prune2deploy.graph.constraints import Constraint, Count, Equal, Positions
 from prune2deploy.graph.fact import Fact, Numbers, make, with_layout
 from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules.base import Axis, Choice, Demand, Edit, Part, Piece, Rule, View, Work, freeze
-from prune2deploy.graph.rules.matrix import Columns, Fate, Folded, Matrix, Reads, columns, fold, read_rows
+from prune2deploy.graph.rules.matrix import Columns, Fate, Folded, Matrix, Reads, columns, fold, read_rows, unit_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +85,7 @@ class State:
     columns: list[Columns]
     reads: list[Reads]
     number: np.ndarray
+    scale: np.ndarray
 
     @property
     def constant(self) -> np.ndarray:
@@ -122,7 +123,7 @@ def linear_rule(read: Reader, write: Writer, roles: Roles) -> Rule:
             return "what its constant inputs add up to is beyond its precision"
         layout = [1] * linear.out_rank
         layout[linear.out_axis] = len(linear.weight)
-        parts = (state.number, np.where(state.constant, 0.0, 1.0), state.shift)
+        parts = (state.number, state.scale, state.shift)
         return [make(*(part.reshape(layout) for part in parts))]
 
     def live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
@@ -194,7 +195,8 @@ def _state(node: Node, linear: Linear, view: View) -> State:
     size = linear.weight.shape[1]
     own = [cols.part(first, size) for first in range(0, linear.in_size, size)]
     found = [read_rows(linear.group(index), part, signature, view.numbers) for index, part in enumerate(own)]
-    return State(linear, own, [reads for reads, _ in found], np.concatenate([number for _, number in found]))
+    reads, numbers, scales = zip(*found, strict=True)
+    return State(linear, own, list(reads), np.concatenate(numbers), np.concatenate(scales))
 
 
 def _depthwise_state(linear: Linear, cols: Columns, signature: Hashable, view: View) -> State:
@@ -205,10 +207,12 @@ def _depthwise_state(linear: Linear, cols: Columns, signature: Hashable, view: V
     constant = ~(weight != 0).any(axis=1)
     shift = linear.bias + linear.weight[:, 0].astype(np.float64).sum(axis=1) * own.offset
     mark = view.numbers.intern(("linear", signature))
-    keys = ((mark, int(key), row.tobytes()) for key, row in zip(own.key, weight, strict=True))
-    number = view.numbers.intern_all(keys)
+    number, scale = np.zeros(len(weight), dtype=np.int64), np.zeros(len(weight))
+    for row in np.flatnonzero(~constant).tolist():
+        shape, length = unit_row(weight[row])
+        number[row], scale[row] = view.numbers.scaled((mark, int(own.key[row]), shape.tobytes()), length)
     nothing = np.zeros(0, dtype=np.int64)
-    return State(linear, [own], [Reads(nothing, nothing, nothing, constant, shift)], number)
+    return State(linear, [own], [Reads(nothing, nothing, nothing, constant, shift)], number, scale)
 
 
 def _demand(node: Node, state: State, rows: np.ndarray) -> Demand:

@@ -8,7 +8,7 @@ border, so it stays with its function (key: number and shift/scale), and a const
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -165,8 +165,10 @@ class Reads:
         return np.unpackbits(bits, count=len(self.members)).astype(bool)
 
 
-def read_rows(matrix: Matrix, cols: Columns, signature: Hashable, numbers: Numbers) -> tuple[Reads, np.ndarray]:
-    """Return what the rows read, and their numbers, keyed by the merged weights and what they read."""
+def read_rows(
+    matrix: Matrix, cols: Columns, signature: Hashable, numbers: Numbers
+) -> tuple[Reads, np.ndarray, np.ndarray]:
+    """Return what the rows read, their numbers, keyed by the merged weights and what they read, and their scales."""
     classes = classes_of(cols)
     scanned = _scan(matrix.weight, cols, classes)
     if scanned is None:  # a sum could not be written: no two columns are merged
@@ -176,21 +178,22 @@ def read_rows(matrix: Matrix, cols: Columns, signature: Hashable, numbers: Numbe
     bits, prints = scanned
     constant = np.asarray(~bits.any(axis=1))
     shift = matrix.bias + constant_part(matrix.weight, cols.offset)
-    number = np.zeros(len(constant), dtype=np.int64)
+    number, scale = np.zeros(len(constant), dtype=np.int64), np.where(constant, 0.0, 1.0)
     mark = numbers.intern(("linear", signature))
-    digest_of = partial(row_digest, matrix, cols, classes)
+    shape_of = partial(row_shape, matrix, cols, classes)
     for pattern, rows in _by_pattern(bits, ~constant).items():
         read = np.flatnonzero(np.unpackbits(np.frombuffer(pattern, dtype=np.uint8), count=len(classes.key)))
         inputs = digest(np.sort(classes.key[read]))
         for row in rows:
-            number[row] = numbers.of_row(mark, inputs, prints[row], digest_of, row)
-    return Reads(classes.class_of, bits, classes.members, constant, shift), number
+            number[row], scale[row] = numbers.of_row(mark, inputs, prints[row], shape_of, row)
+    return Reads(classes.class_of, bits, classes.members, constant, shift), number, scale
 
 
-def _scan(weight: np.ndarray, cols: Columns, classes: Classes) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
+def _scan(weight: np.ndarray, cols: Columns, classes: Classes) -> tuple[np.ndarray, list[Hashable]] | None:
     """Return which classes each row reads (packed) and the rows' fingerprints, a few rows at a time."""
     height = max(1, BLOCK // max(1, weight[0].size))
-    bits, prints = [], []
+    bits: list[np.ndarray] = []
+    prints: list[Hashable] = []
     for first in range(0, len(weight), height):
         merged = merge(weight[first : first + height], cols, classes)
         if merged is None:
@@ -208,26 +211,44 @@ def _by_pattern(bits: np.ndarray, rows: np.ndarray) -> dict[bytes, list[int]]:
     return found
 
 
-def _fingerprints(weight: np.ndarray) -> list[tuple[int, int]]:
-    """Return for each row of [rows, columns, taps] a quick mark that equal rows share, whatever the columns' order.
+def _fingerprints(weight: np.ndarray) -> Iterable[Hashable]:
+    """Return for each row of [rows, columns, taps] a quick mark that proportional rows share, in any order of columns.
 
-    -0.0 becomes 0.0: a zero column that is left out elsewhere must not count here.
+    Two sums over a row in units of its largest weight, to ten digits.
     """
-    rows = np.ascontiguousarray(weight.reshape(len(weight), -1) + weight.dtype.type(0))
-    words = rows.view(f"u{rows.dtype.itemsize}")
-    sums = np.add.reduce(words, axis=1, dtype=words.dtype)
-    return list(zip(sums.tolist(), np.bitwise_xor.reduce(words, axis=1).tolist(), strict=True))
+    rows = np.abs(weight.reshape(len(weight), -1)).astype(np.float64)
+    unit = rows.max(axis=1, initial=0.0)
+    unit[unit == 0] = 1
+    sums = (rows.sum(axis=1) / unit, np.einsum("rc,rc->r", rows, rows) / unit**2)
+    parts = [np.frexp(part) for part in sums]
+    marks = [np.rint(np.ldexp(mantissa, 33)) for mantissa, _ in parts] + [exponent for _, exponent in parts]
+    return zip(*(column.tolist() for column in marks), strict=True)
 
 
-def row_digest(matrix: Matrix, cols: Columns, classes: Classes, row: int) -> bytes:
-    """Return a digest of a row's merged weights and of what it reads, in an order of their own."""
+def row_shape(matrix: Matrix, cols: Columns, classes: Classes, row: int) -> tuple[bytes, float]:
+    """Return a digest that exactly proportional rows share, whatever their columns' order, and the row's first weight.
+
+    The quotients of numbers of 24 bits are told apart by the 53 of their float64 quotient; float64 weights, whose
+    quotients would not be, are taken as they are.
+    """
     merged = merge(matrix.weight[row : row + 1], cols, classes)
     assert merged is not None, "it was merged before"
     read = np.flatnonzero(nonzero_taps(merged)[0])
     order = read[np.argsort(classes.key[read], kind="stable")]
-    hasher = hashlib.sha256(classes.key[order].tobytes())
-    hasher.update(np.take(merged[0], order, axis=0).tobytes())
-    return hasher.digest()
+    shape, length = unit_row(np.take(merged[0], order, axis=0))
+    return hashlib.sha256(classes.key[order].tobytes() + shape.tobytes()).digest(), length
+
+
+def unit_row(weight: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return weights in units of the first that is not zero, float64, and that one; of float64 weights, themselves."""
+    values = (
+        weight.astype(np.float64) + 0.0
+    )  # -0.0 becomes 0.0: a zero column that is left out elsewhere must not count
+    places = np.flatnonzero(values)
+    if weight.dtype == np.float64 or not len(places):
+        return values, 1.0
+    length = float(values.flat[places[0]])
+    return values / length, length
 
 
 @dataclass(frozen=True, eq=False)
