@@ -8,12 +8,12 @@ A constant input other than 0 is no constant behind a norm: its distance from th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from prune2deploy.graph.constraints import Constraint, Equal, Positions
-from prune2deploy.graph.fact import Fact, digest, expand, make
+from prune2deploy.graph.fact import Fact, digest, expand, layout_key, make
 from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules.base import Axis, Demand, Edit, Part, Rule, View
 from prune2deploy.graph.rules.channelwise import nothing_to_drop
@@ -225,19 +225,32 @@ MEAN_VARIANCE_NORMALIZATION = norm_rule(_read_mean_variance, "activation")
 # --- GroupNormalization: whole groups stay or go ----------------------------------------------------------------------
 
 
+BY_GROUP = "prune2deploy_by_group"
+"""The attribute of a GroupNormalization whose scale and bias are by group, as exporters write it in three nodes.
+
+It stands for them while channels are removed (see `graph.groupnorm`); it is in no file.
+"""
+
+
 def _read_group_norm(node: Node) -> Norm | str:
     """Return the norm of the input seen as [batch, groups, channels of a group, ...]."""
-    if node.opset < 21:
+    by_group = BY_GROUP in node.attributes
+    if node.opset < 21 and not by_group:
         return "below opset 21 it is deprecated"
     parameters = _parameters(node, {1: "scale", 2: "bias"})
     if isinstance(parameters, str):
         return parameters
     gain, offset = parameters["scale"], parameters["bias"]
-    rank, groups = node.inputs[0].rank or 0, int(node.attribute("num_groups", 1))
-    if gain is None or offset is None or rank < 3 or (node.inputs[0].shape or ())[1] != len(gain) or len(gain) % groups:
+    shape, groups = node.inputs[0].shape or (), int(node.attribute("num_groups", 1))
+    if gain is None or offset is None or len(shape) < (2 if by_group else 3):
+        return "it has no channels"
+    if by_group and isinstance(shape[1], int):
+        gain, offset = (np.repeat(part, shape[1] // groups) for part in (gain, offset))
+    if shape[1] != len(gain) or len(gain) % groups:
         return "its scale does not fit its input"
-    shape = (1, groups, len(gain) // groups, *(1,) * (rank - 2))
-    return Norm(tuple(range(2, rank + 1)), gain.reshape(shape), offset.reshape(shape))
+    inner = (1, groups, len(gain) // groups, *(1,) * (len(shape) - 2))
+    axes = tuple(range(2, len(shape) + 1))
+    return Norm(axes, gain.reshape(inner), offset.reshape(inner), zeros_stay=_guarded(node))
 
 
 def _grouped(array: np.ndarray, norm: Norm) -> np.ndarray:
@@ -249,13 +262,11 @@ def _group_facts(node: Node, view: View) -> list[Fact] | str:
     if isinstance(norm, str):
         return norm
     operand = node.inputs[0]
-    fact = view.of(operand)
-    if max(fact.shape[2:]) > 1:
-        return "its space holds channels"
-    fact = expand(fact, 1, norm.gain.size, operand.shape or (), view.numbers)
-    mark = signature(node, norm.axes, fact)
+    fact = expand(view.of(operand), 1, norm.gain.size, operand.shape or (), view.numbers)
+    epsilon, groups = float(node.attribute("epsilon", EPSILON)), norm.gain.shape[1]
+    mark = ("GroupNormalization", epsilon, groups, layout_key(operand.shape or (), fact))
     inner = fact.map(lambda array: _grouped(array, norm))
-    found = _scaled(_normalised(inner, [2], mark, norm, view), norm, mark, view)
+    found = _scaled(_normalised(inner, expanded_among(inner, norm.axes), mark, norm, view), norm, mark, view)
     return [found.map(lambda array: array.reshape(fact.shape))]
 
 
@@ -263,12 +274,13 @@ def _group_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[i
     norm = _must(_read_group_norm(node))
     assert outs[0] is not None
     mask = _grouped(outs[0], norm) & (norm.gain != 0)
-    return {0: Demand(spread(mask, [2], mask.shape).reshape(outs[0].shape))}
+    measured = [axis for axis in norm.axes if mask.shape[axis] > 1]
+    return {0: Demand(spread(mask, measured, mask.shape).reshape(outs[0].shape))}
 
 
 def _group_ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
     norm = _must(_read_group_norm(node))
-    yield from mixing_ties(node, positions, view, [])
+    yield from mixing_ties(node, positions, view, range(2, norm.gain.ndim - 1))
     ids = positions.ids(node.outputs[0].name, 1)
     if ids is not None:
         by_group = ids.reshape(norm.gain.shape[1:3])
@@ -279,13 +291,26 @@ def _group_drop(node: Node, edit: Edit) -> None:
     norm = _must(_read_group_norm(node))
     kept = edit.kept(node.outputs[0], 1)
     if kept is not None:
-        _slice_parameters(node, edit, kept)
-        edit.set_attribute("num_groups", len(kept) // norm.gain.shape[2])
+        each = norm.gain.shape[2]
+        _slice_parameters(node, edit, kept[::each] // each if BY_GROUP in node.attributes else kept)
+        edit.set_attribute("num_groups", len(kept) // each)
 
 
 GROUP_NORMALIZATION = Rule(
     _group_facts, _group_live, _group_ties, _group_drop, "norm", parts=lambda node, view: _channel_parts(node, 1)
 )
+
+
+def _by_group_parts(node: Node, view: View) -> list[Part]:
+    """Return how scale and bias follow the first channel of each group; those of an exported norm are ones and zeros."""
+    norm = _must(_read_group_norm(node))
+    groups, each = norm.gain.shape[1:3]
+    of = np.arange(groups) * each
+    return [Part(slot, 0, "unit", Axis(node.outputs[0].name, 1), of) for slot in (1, 2) if groups > 1]
+
+
+GROUP_NORM_OF_THREE = replace(GROUP_NORMALIZATION, kind="activation", parts=_by_group_parts)
+"""The rule where the attribute `BY_GROUP` says that a GroupNormalization stands for three nodes."""
 
 
 # --- LRN: a window over channels --------------------------------------------------------------------------------------
