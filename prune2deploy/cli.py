@@ -248,6 +248,14 @@ def slim(
         Path | None,
         typer.Option(metavar="DROP.json", help="Channels to silence first, by name; this changes the function."),
     ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(metavar="EPS", help="Zero weights below EPS times their layer's largest; changes the function."),
+    ] = None,
+    range_: Annotated[
+        str | None,
+        typer.Option("--range", metavar="LOW,HIGH", help="What the inputs hold, for the bound of --tolerance [-3,3]."),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say why each channel went, and what keeps each dead one that stayed.")
     ] = False,
@@ -262,17 +270,20 @@ def slim(
     """
     from rich.console import Group
 
-    from prune2deploy import pipeline
     from prune2deploy.screen import reasons_tree, slim_summary
+    from prune2deploy.slim import Options, reasons, slim_file, slim_section
 
+    ends = _numbers("--range", range_) or (-3.0, 3.0)
+    if len(ends) != 2 or not ends[0] <= ends[1]:
+        raise InputError(f"--range '{range_}' is not LOW,HIGH; write it like 0,255")
+    options = Options(round_to, rtol, drop, tolerance, (ends[0], ends[1]))
     with _live() as live:
-        shapes = _shapes(input_)
-        slimmed = pipeline.slim(model, target, round_to=round_to, rtol=rtol, drops=drop, shapes=shapes, note=live.note)
-    section = pipeline.slim_section(model, target, slimmed)
+        slimmed = slim_file(model, target, options, shapes=_shapes(input_), note=live.note)
+    section = slim_section(model, target, slimmed)
     document: dict[str, Any] = {"slim": section}
     parts = [slim_summary(section, target)]
     if explain:
-        document["explain"] = pipeline.reasons(model, slimmed)
+        document["explain"] = reasons(model, slimmed)
         parts.append(reasons_tree(document["explain"]))
     _emit(document, Group(*parts), as_json=as_json)
     if strict and not slimmed.removed_channels:

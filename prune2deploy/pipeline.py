@@ -6,8 +6,8 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from prune2deploy.groups import Groups
 from prune2deploy.masks import Masks, load_masks, save_masks, widths
 from prune2deploy.recipe import Recipe, load_recipe, save_recipe
 from prune2deploy.report import read_report, update_section, write_samples
+from prune2deploy.slim import Note, slim_file
 
 if TYPE_CHECKING:
     import onnx
@@ -28,13 +29,10 @@ if TYPE_CHECKING:
     from prune2deploy.backends.tensorrt import BuildReport
     from prune2deploy.data import Data
     from prune2deploy.graph.rewrite import Slimmed
-    from prune2deploy.graph.verify import Verification
     from prune2deploy.latency import Comparison
     from prune2deploy.networks import Network
 
 VERIFY_SAMPLES = 8
-Note = Callable[[str], None]
-"""Told in a few words what happens now; for a progress line."""
 
 
 def silent(_: str) -> None:
@@ -257,7 +255,7 @@ def _train(
         ]
         accuracy["finetuned"] = _accuracy(task, "finetuned", note, seconds)
     module.to("cpu")
-    warnings = [f"the mean of a removed channel could not be folded into {name}" for name in skipped]
+    warnings = list(skipped)
     if recipe.weights is None and ".py:" not in recipe.network:
         warnings.append(f"no --weights: '{recipe.network}' is untrained, so its accuracy says nothing")
     return {"accuracy": accuracy, "history": history, "seconds": seconds, "warnings": warnings}
@@ -296,18 +294,19 @@ def prune_section(recipe: Recipe, groups: Groups, masks: Masks, target: Target) 
         name: {"dense": int(groups.cost.of(kind, full)), "pruned": int(groups.cost.of(kind, kept))}
         for name, kind in (("macs", "macs"), ("parameters", "params"))
     }
-    macs = {term.layer: (int(term.at(full)), int(term.at(kept))) for term in groups.cost.macs_terms}
+    macs: dict[str, list[tuple[int, int]]] = {}
+    for term in groups.cost.macs_terms:  # a layer that is applied twice has a term, and a row, for each
+        macs.setdefault(term.layer, []).append((int(term.at(full)), int(term.at(kept))))
     layers = [
         {
             "name": layer.name,
             "op_type": layer.op_type,
             "before": int(layer.out_width.at(full)),
             "after": int(layer.out_width.at(kept)),
-            "macs_before": macs[layer.name][0],
-            "macs_after": macs[layer.name][1],
+            **dict(zip(("macs_before", "macs_after"), macs[layer.name].pop(0), strict=True)),
         }
         for layer in groups.layers
-        if layer.name in macs
+        if macs.get(layer.name)
     ]
     return {
         "network": recipe.network,
@@ -359,7 +358,7 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
             agreement[name] = require_agreement(module, run / f"{name}.onnx", task.network.example_inputs)
         write_json(run / "source_map.json", read_json(run / "source_map.json") | exported.source_map)
         update_section(run, "export", {"opset": exported.model.opset_import[0].version, "torch_difference": agreement})
-        slimmed = slim(run / "masked.onnx", run / "slim.onnx", samples=real_samples(task), run=run, note=note)
+        slimmed = slim_file(run / "masked.onnx", run / "slim.onnx", samples=real_samples(task), run=run, note=note)
         require_promise(run)
         return slimmed
 
@@ -415,119 +414,6 @@ def normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
     from prune2deploy.graph.model import normalise, to_model
 
     return to_model(normalise(model), model)
-
-
-def slim(
-    source: Path,
-    target: Path,
-    *,
-    round_to: int = 1,
-    samples: Mapping[str, np.ndarray] | None = None,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    rtol: float | None = None,
-    drops: Path | None = None,
-    run: Path | None = None,
-    note: Note = silent,
-) -> Slimmed:
-    """Remove the dead channels of an ONNX file; ``target`` appears only after it was verified against ``source``.
-
-    Beside it ``slim.json`` (``NAME.json``) holds the kept old indices. With ``run`` the report's sections are written.
-    With ``drops`` the channels that this file names are silenced first: what that changes is measured and reported,
-    and the silenced graph is what the result is verified against.
-
-    Raises:
-        InputError: if the source cannot be read, or the drops do not fit it.
-        VerifyError: if the result differs from the source; then nothing is written.
-    """
-    from prune2deploy.graph.drops import apply_drops, load_drops
-    from prune2deploy.graph.model import load_model, save_model
-    from prune2deploy.graph.rewrite import remove_dead_channels, stamp
-    from prune2deploy.graph.verify import RTOL, differences, verify
-
-    _require_free(target, source)
-    wanted = None if drops is None else load_drops(drops)
-    note(f"removing dead channels from {source.name}")
-    start = time.perf_counter()
-    model = load_model(source)
-    read = time.perf_counter()
-    digest = sha256(source)
-    candidate, reference = target.with_name(f".{target.name}.unverified.onnx"), source
-    with _temporary(candidate), _temporary(target.with_name(f".{target.name}.silenced.onnx")) as silenced:
-        dropped = None if wanted is None else apply_drops(model, wanted)
-        if dropped is not None:
-            model, reference = dropped.model, silenced
-            save_model(model, reference)
-        slimmed = remove_dead_channels(model, round_to=round_to)
-        stamp(slimmed.model, "prune2deploy.source_sha256", digest)
-        slimmed.seconds["read"] = read - start
-        note(f"proving that {target.name} computes the same")
-        save_model(slimmed.model, candidate)
-        found = verify(reference, candidate, rtol=RTOL if rtol is None else rtol, samples=samples, shapes=shapes)
-        if dropped is not None:
-            note("measuring what the drops change")
-            changed = differences(source, reference, samples=samples, shapes=shapes)
-            slimmed = replace(slimmed, drops=_drops_section(dropped.channels, changed))
-        start = time.perf_counter()
-        save_model(slimmed.model, target)
-        slimmed.seconds["write"] = time.perf_counter() - start
-    write_json(target.with_suffix(".json"), {"schema_version": 1, "source_sha256": digest, **slimmed.kept})
-    if run is not None:
-        update_section(run, "slim", slim_section(source, target, slimmed))
-        update_section(run, "verify", found.to_json())
-    return slimmed
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """Remove a temporary ONNX file, and its weights beside it, when the block ends."""
-    try:
-        yield path
-    finally:
-        for one in (path, path.with_name(path.name + ".data")):
-            with suppress(OSError):  # what could not be made cannot be removed
-                one.unlink(missing_ok=True)
-
-
-def _drops_section(channels: Mapping[str, int], changed: Verification) -> dict[str, object]:
-    """Return what the report says of drops: how many channels by name, and the largest change of every output.
-
-    ``scale`` is the largest magnitude of the output's channel that changed most, before.
-    """
-    outputs = [{"name": one.name, "change": one.difference, "scale": one.limit} for one in changed.outputs]
-    return {"channels": dict(channels), "cases": changed.cases, "outputs": outputs}
-
-
-def _require_free(target: Path, source: Path) -> None:
-    """Refuse a target that is no ONNX file's name, or where something else than an earlier result would be lost."""
-    if target.is_dir():
-        raise InputError(f"'{target}' is a folder, but the slim file's name is wanted; add one, such as slim.onnx")
-    if target.suffix != ".onnx":
-        raise InputError(f"'{target}' does not end in .onnx; name the slim file like slim.onnx")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise InputError(f"'{target}' would overwrite its own source; choose another -o")
-    beside = target.with_suffix(".json")
-    if beside.exists() and "source_sha256" not in read_json(beside):
-        raise InputError(f"'{beside}' would be overwritten by the kept indices of '{target}'; choose another -o")
-
-
-def slim_section(source: Path, target: Path, slimmed: Slimmed) -> dict[str, Any]:
-    """Return the report's section ``slim``."""
-    section = slimmed.report()
-    section |= {"source": source.name, "bytes": {"before": source.stat().st_size, "after": target.stat().st_size}}
-    section["warnings"] = [] if slimmed.removed_channels else ["nothing was removed: no channel of the graph is dead"]
-    return section
-
-
-def reasons(source: Path, slimmed: Slimmed) -> list[dict[str, Any]]:
-    """Return why channels of a slimmed file went and what keeps dead ones, layer by layer.
-
-    Where ``source_map.json`` lies beside the file, as in a run, nodes are named by module and source line too.
-    """
-    from prune2deploy.graph.explain import explain
-
-    beside = source.with_name("source_map.json")
-    sources = read_json(beside) if beside.is_file() else {}
-    return [one.to_json() for one in explain(slimmed.analysis, sources if isinstance(sources, dict) else {})]
 
 
 # --- build ------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from prune2deploy.groups import Groups
 from prune2deploy.masks import save_masks
 from prune2deploy.methods import load_method
 from prune2deploy.methods.base import Method
-from prune2deploy.pipeline import Note, silent
+from prune2deploy.pipeline import silent
 from prune2deploy.recipe import Recipe, save_recipe
 from prune2deploy.report import update_section
+from prune2deploy.slim import Note, slim_file
 
 if TYPE_CHECKING:
     import onnx
@@ -201,7 +202,7 @@ def _slim(run: Path, recipe: Recipe, inputs: Mapping[str, Input], samples: Sampl
 
     opset = next(one.version for one in load_model(run / "masked.onnx").opset_import if one.domain in ("", "ai.onnx"))
     update_section(run, "export", {"opset": opset})
-    slimmed = pipeline.slim(
+    slimmed = slim_file(
         run / "masked.onnx",
         run / "slim.onnx",
         samples=_few(samples, inputs),

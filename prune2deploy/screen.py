@@ -165,9 +165,26 @@ def slim_summary(section: Mapping[str, Any], target: Path) -> RenderableType:
         lines.append(warning(f"NO OUTPUT DEPENDS ON {names} ANY MORE: what reads it was constant."))
     if section.get("drops"):
         lines.append(Text(_drops(section["drops"]), style="yellow"))
+    if section.get("tolerance"):
+        lines.append(Text(_zeroed(section["tolerance"]), style="yellow"))
     if not section["removed_channels"]:
         lines.append(warning("NOTHING WAS REMOVED: no channel of this graph is dead."))
     return Group(*lines)
+
+
+def _zeroed(tolerance: Mapping[str, Any]) -> str:
+    """Return which near-dead weights were zeroed, what that can change at most, and what it was seen to change."""
+    ranges = "; ".join(f"'{name}' in [{low:g}, {high:g}]" for name, (low, high) in tolerance["range"].items())
+    lines = [
+        f"note: the function changed, as --tolerance asked: {tolerance['weights']:,} weights below "
+        f"{tolerance['eps']:g} of their layer's largest are zero now, {tolerance['filters']:,} whole filters among "
+        f"them. For {ranges}:"
+    ]
+    for one in tolerance["outputs"]:
+        largest, culprit = one["bound"]["largest"], one["bound"]["unbounded_by"]
+        limit = f"no bound is known (because of {culprit})" if largest is None else f"at most {largest:.2e}"
+        lines.append(f"  '{one['name']}' moves by {limit}; measured {one['measured']:.2e}")
+    return "\n".join(lines)
 
 
 def _drops(drops: Mapping[str, Any]) -> str:

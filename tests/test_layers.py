@@ -74,7 +74,8 @@ TABLE = {
     "page": Row((*BASE, *PAGE), names("numpy"), names("plotly")),
     # what a terminal shows
     "screen": Row((*BASE, *PAGE), names("rich")),
-    # what joins the columns
+    # one file slimmed, and what joins the columns
+    "slim": Row((*BASE, "graph"), names("numpy"), names("onnx"), ("graph",)),
     "pipeline": Row(ANY, names("numpy"), names("numpy scipy torch onnx onnx_graphsurgeon onnxruntime")),
     "prune_onnx": Row(ANY, names("numpy"), names("torch onnx")),
     "pruner": Row(ANY, names("numpy torch")),

@@ -75,7 +75,8 @@ def test_brackets_in_names_survive(sections: dict[str, Any], run: Path, tmp_path
     assert NAME in shown(plain_table(("a[b]", "n"), [(NAME, 3)]))
     assert "a[b]" in shown(plain_table(("a[b]", "n"), [(NAME, 3)]))
     row = {"name": NAME, "op_type": "Conv", "before": 8, "after": 4, "macs_before": 10, "macs_after": 5}
-    text = shown(layer_table([row | {"kind": "linear", "parameters_before": 4, "parameters_after": 2}]))
+    sizes = {"parameters_before": 4, "parameters_after": 2, "bytes_before": 16, "bytes_after": 8}
+    text = shown(layer_table([row | sizes | {"kind": "linear"}]))
     assert NAME in text
     assert "8 → 4" in text
     value = dict.fromkeys(("channels", "constant", "aliases", "live", "kept"), 1) | {"value": NAME, "reader": NAME}

@@ -16,8 +16,9 @@ from prune2deploy.graph.keep import node_constraints
 from prune2deploy.graph.layers import layer_name
 from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import Node, Tables, tables
-from prune2deploy.graph.rules.base import Axis, Part
 from prune2deploy.graph.rules.activation import clip_bounds
+from prune2deploy.graph.rules.base import Axis, Part, Work
+from prune2deploy.graph.rules.norm import UNIT
 from prune2deploy.groups import Group, Groups, Layer, Member
 
 COUNTED_ROLES = frozenset({"filter", "bias", "scale", "shift", "reader"})
@@ -78,14 +79,18 @@ def _shared_parameters(tb: Tables, known: Known, positions: Positions) -> list[C
     first: dict[tuple[str, int], Ids] = {}
     found: list[Constraint] = []
     for node in tb.nodes:
-        rule = known.rules[node.index]
-        for part in [] if rule is None else rule.parts(node, known.view):
+        for part in _parameter_parts(node, known):
             ids = positions.ids(part.axis.value, part.axis.axis)
             own = np.full(len(part.of), FROZEN) if ids is None else ids[part.of]
             other = first.setdefault((node.inputs[part.slot].name, part.constant_axis), own)
             if other is not own:
                 found.append(Equal(other, own))
     return found
+
+
+def _parameter_parts(node: Node, known: Known) -> list[Part]:
+    rule = known.rules[node.index]
+    return [] if rule is None else [part for part in rule.parts(node, known.view) if part.role != UNIT]
 
 
 def _frozen(value: str, known: Known, positions: Positions) -> list[Constraint]:
@@ -121,8 +126,7 @@ def _by_signature(positions: Positions, class_of: Ids) -> _Sorting:
 def _members(tb: Tables, known: Known, sorting: _Sorting) -> list[list[Member]]:
     found: list[list[Member]] = [[] for _ in sorting.sizes]
     for node in tb.nodes:
-        rule = known.rules[node.index]
-        for part in [] if rule is None else rule.parts(node, known.view):
+        for part in _parameter_parts(node, known):
             for group, indices in _split(part, sorting):
                 parameter = node.inputs[part.slot].name
                 found[group].append(Member(parameter, part.constant_axis, part.role, indices, layer_name(node)))
@@ -235,9 +239,19 @@ def _layer(node: Node, known: Known, forms: _Forms, after: Node | None) -> Layer
         epsilon=float(node.attribute("epsilon", 1e-5)) if is_norm else None,
         norm=layer_name(follows) if follows is not None else None,
         out_width=forms.of(out, size),
-        in_width=forms.of(work.into, work.into_size) if work and work.into else Width(1),
+        in_width=_in_width(node, work, known, forms),
         padded=bool(work and work.padded),
     )
+
+
+def _in_width(node: Node, work: Work | None, known: Known, forms: _Forms) -> Width:
+    """Return the number of channels that a layer reads; a norm reads its own."""
+    if work is None:
+        return Width(1)
+    if work.into is not None:
+        return forms.of(work.into, work.into_size)
+    source = node.inputs[node.value_slots[0]].name  # depthwise: as many as there are
+    return forms.of(Axis(source, work.out.axis), known.view.facts[source].shape[work.out.axis])
 
 
 def _is_norm(node: Node, known: Known) -> bool:

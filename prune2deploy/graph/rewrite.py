@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from prune2deploy import __version__
 from prune2deploy.graph.constants import write_constants
 from prune2deploy.graph.fact import digest
+from prune2deploy.graph.groupnorm import restore_group_norms
 from prune2deploy.graph.keep import Analysis, analyse
 from prune2deploy.graph.layers import LayerRow, layer_rows, totals
 from prune2deploy.graph.model import all_inputs, fold_constants, normalise, redirect, remove_dead_nodes, to_model
@@ -39,6 +40,7 @@ class Slimmed:
         unread_inputs: inputs of the graph on which no output depends any more.
         seconds: time taken by ``normalise``, ``analysis`` and ``rewrite``.
         drops: which channels were silenced before, by name, and what that changed; None where none were.
+        tolerance: which near-dead weights were zeroed before, and what that can change; None where none were.
     """
 
     model: onnx.ModelProto
@@ -52,6 +54,7 @@ class Slimmed:
     unread_inputs: list[str]
     seconds: dict[str, float]
     drops: dict[str, object] | None = None
+    tolerance: dict[str, object] | None = None
 
     def report(self) -> dict[str, object]:
         """Return the section ``slim`` of a report, without what only the caller knows."""
@@ -68,6 +71,7 @@ class Slimmed:
             "idle_classes": self.analysis.idle_classes(),
             "seconds": self.seconds,
             **({} if self.drops is None else {"drops": self.drops}),
+            **({} if self.tolerance is None else {"tolerance": self.tolerance}),
         }
 
 
@@ -157,6 +161,7 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> dict[tuple[int, int], int]:
         if node.index in analysis.liveness.needed and rule is not None:
             rule.drop(node, NodeEdit(analysis, node, target, writer))
     writer.place_nodes()
+    restore_group_norms(graph)
     restore_shuffles(graph)
     write_constants(graph, analysis)
     remove_dead_nodes(graph)
@@ -270,14 +275,14 @@ class _Writer:
 
     def name_constants(self) -> None:
         """Give the first version of each constant its old name, unless the old constant itself is still read."""
-        read = {tensor.name for node in self._graph.nodes for tensor in node.inputs}
+        outputs = {tensor.name for tensor in self._graph.outputs}
+        read = outputs | {tensor.name for node in self._graph.nodes for tensor in all_inputs(node)}
         for wanted, versions in self._shared.items():
             used = [constant for _, constant in versions if constant.outputs]
             if used and wanted not in read:
                 used[0].name = wanted
-        outputs = {tensor.name for tensor in self._graph.outputs}
         for wanted, stored in self._stored.items():
-            if wanted not in read and wanted not in outputs and stored[0][1].outputs:
+            if wanted not in read and stored[0][1].outputs:
                 stored[0][1].name = wanted
 
     def insert(self, node: gs.Node, near: gs.Node, *, after: bool = False) -> None:

@@ -78,7 +78,9 @@ def _fix_integers(node: gs.Node) -> None:
         if isinstance(tensor, gs.Constant) or not tensor.inputs or tensor.inputs[0].op not in _READERS:
             continue
         entries, rank = _entries(tensor, 0), _rank(tensor)
-        if tensor.dtype not in INTEGERS or entries is None or rank is None or not all(isinstance(entry, int) for entry in entries):
+        if entries is None or rank is None or tensor.dtype not in INTEGERS:
+            continue
+        if not all(isinstance(entry, int) for entry in entries):
             continue
         array = np.array(entries, dtype=tensor.dtype).reshape([len(entries)] if rank else [])
         node.inputs[slot] = gs.Constant(f"{tensor.name}_of_{node.name}_{slot}", array)
@@ -150,8 +152,13 @@ def _rank(tensor: gs.Tensor) -> int | None:
 
 def _entries(tensor: gs.Tensor, depth: int) -> Entries | None:
     """Return what an integer vector (or scalar) holds, sizes by number or name, or None where that is not known."""
+    if tensor.shape is not None and len(tensor.shape) > 1:  # what selects from it would take whole rows
+        return None
     if isinstance(tensor, gs.Constant):
-        return [int(value) for value in np.ravel(tensor.values)] if np.size(tensor.values) <= MOST else None
+        values = np.ravel(tensor.values)
+        if len(values) > MOST or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+            return None
+        return [int(value) for value in values] if (values == np.trunc(values)).all() else None  # 1.5 times a size
     if not tensor.inputs or depth > DEEPEST:
         return None
     node = tensor.inputs[0]

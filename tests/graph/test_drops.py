@@ -22,7 +22,7 @@ from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.layers import totals
 from prune2deploy.graph.rewrite import Slimmed
 from prune2deploy.masks import save_masks
-from prune2deploy.pipeline import slim
+from prune2deploy.slim import Options, slim_file
 
 
 def drop(model: onnx.ModelProto, document: object, folder: Path) -> Dropped:
@@ -412,7 +412,7 @@ def test_slim_proves_against_the_silenced_graph_and_tells_the_change(tmp_path: P
     model = chain()
     onnx.save(model, tmp_path / "model.onnx")
     (tmp_path / "drop.json").write_text('{"first": [1], "second": [0, 2]}')
-    slimmed = slim(tmp_path / "model.onnx", tmp_path / "slim.onnx", drops=tmp_path / "drop.json")
+    slimmed = slim_file(tmp_path / "model.onnx", tmp_path / "slim.onnx", Options(drops=tmp_path / "drop.json"))
     section: Any = slimmed.report()["drops"]
     assert section["channels"] == {"first": 1, "second": 2}
     (output,) = section["outputs"]
@@ -427,4 +427,4 @@ def test_slim_proves_against_the_silenced_graph_and_tells_the_change(tmp_path: P
 
 def test_without_drops_the_report_has_none(tmp_path: Path) -> None:
     onnx.save(chain(), tmp_path / "model.onnx")
-    assert "drops" not in slim(tmp_path / "model.onnx", tmp_path / "slim.onnx").report()
+    assert "drops" not in slim_file(tmp_path / "model.onnx", tmp_path / "slim.onnx").report()
