@@ -1,15 +1,18 @@
-"""Slim random graphs for as long as you like, and print any that comes out wrong.
+"""Slim random graphs for as long as you like, and print those that come out wrong.
 
-Usage: python tools/fuzz.py --examples 50000 --seed 1 [--no-sharing] [--shrink]
+Usage: python tools/fuzz.py --examples 50000 --seed 1 [--steps 16] [--no-sharing] [--keep FOLDER] [--shrink]
 
-Each graph is slimmed, verified, and slimmed again. Counts go to stdout at the end. A graph that fails is printed as
-text, with what became of it; with --shrink it is made as small as hypothesis can first. A second run that removes more
-is only counted, unless --twice makes it a failure.
+Each graph is slimmed, verified, and slimmed again; a second run must remove nothing. What goes wrong is printed when it
+is met, once for each kind of mistake, with the graph as text; ``--keep`` also writes each such graph to a file. Counts
+of graphs, operator families and mistakes go to stdout at the end, and every thousand graphs. With ``--shrink`` the
+first graph that fails is made as small as hypothesis can, and the run ends.
 """
 
 import argparse
+import re
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,14 +20,16 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import onnx  # noqa: E402
-from graph.random_graphs import models  # noqa: E402
+from graph.random_graphs import families_of, models  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, note, seed, settings  # noqa: E402
 
 from prune2deploy.graph.rewrite import remove_dead_channels  # noqa: E402
 from prune2deploy.graph.verify import verify  # noqa: E402
 
+SHOWN_EVERY = 1000
 
-def check(model: onnx.ModelProto, counts: Counter[str], *, twice: bool) -> None:
+
+def check(model: onnx.ModelProto, counts: Counter[str]) -> None:
     """Slim one graph, and count what happened; raise if anything is wrong with it."""
     data = model.SerializeToString()
     slimmed = remove_dead_channels(onnx.load_from_string(data))
@@ -32,58 +37,89 @@ def check(model: onnx.ModelProto, counts: Counter[str], *, twice: bool) -> None:
     note("the slim graph:\n" + onnx.printer.to_text(slimmed.model))
     verify(data, slim)
     again = remove_dead_channels(onnx.load_from_string(slim))
-    counts["graphs"] += 1
     counts["nodes"] += len(model.graph.node)
     counts["with channels removed"] += slimmed.removed_channels > 0
     counts["with a branch cut"] += bool(slimmed.analysis.cuts())
     counts["with a Gather inserted"] += any(node.op_type == "Gather" for node in slimmed.model.graph.node)
     counts["with an opaque node"] += bool(slimmed.opaque)
     counts["channels removed"] += slimmed.removed_channels
-    counts["where a second run removed more"] += again.removed_channels > 0
-    if twice and again.removed_channels:
-        raise AssertionError(f"a second run removed {again.removed_channels} more channels")
+    counts["where a second run removed more"] += bool(again.removed_channels or again.removed_layers)
+    if again.removed_channels or again.removed_layers:
+        raise AssertionError(f"a second run removed {again.removed_channels} more channels, {again.removed_layers}")
+
+
+class Mistakes:
+    """What went wrong, by kind: the first graph of each is printed."""
+
+    def __init__(self, folder: Path | None, started_with: int) -> None:
+        self.counts: Counter[str] = Counter()
+        self._folder = folder
+        self._seed = started_with
+
+    def add(self, model: onnx.ModelProto, error: Exception) -> None:
+        """Count a mistake, print it if it is the first of its kind, and write its graph to a file."""
+        kind = f"{type(error).__name__}: {re.sub(r'[0-9.e+-]+|v[0-9]+', '#', str(error))[:120]}"
+        if not self.counts[kind]:
+            print(f"\nFAILED: {type(error).__name__}: {error}\n{onnx.printer.to_text(model)}", flush=True)
+        self.counts[kind] += 1
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            onnx.save(model, self._folder / f"{self._seed}-{self.counts.total()}.onnx")
+
+
+def show(counts: Counter[str], mistakes: Mistakes, start: float) -> None:
+    """Print all counts."""
+    print(f"\n{time.perf_counter() - start:8.1f}  seconds")
+    for table in (counts, mistakes.counts):
+        for name, value in sorted(table.items()):
+            print(f"{value:8d}  {name}")
+    print(f"{mistakes.counts.total():8d}  mistakes", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Slim random graphs and print any that comes out wrong.")
+    parser = argparse.ArgumentParser(description="Slim random graphs and print those that come out wrong.")
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=12, help="at most so many families in a row")
     parser.add_argument("--no-sharing", action="store_true", help="give every node weights of its own")
-    parser.add_argument(
-        "--shrink", action="store_true", help="make a failing graph as small as possible; takes minutes"
-    )
-    parser.add_argument("--twice", action="store_true", help="fail where a second run removes more")
+    parser.add_argument("--keep", type=Path, help="a folder for the graphs that fail")
+    parser.add_argument("--shrink", action="store_true", help="make the first graph that fails small; takes minutes")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
     counts: Counter[str] = Counter()
-    phases = [Phase.generate, Phase.shrink] if arguments.shrink else [Phase.generate]
+    mistakes = Mistakes(arguments.keep, arguments.seed)
+    start = time.perf_counter()
 
     @seed(arguments.seed)
     @settings(
         max_examples=arguments.examples,
         deadline=None,
         database=None,
-        phases=phases,
+        phases=[Phase.generate, Phase.shrink] if arguments.shrink else [Phase.generate],
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    @given(models(sharing=not arguments.no_sharing))
+    @given(models(arguments.steps, sharing=not arguments.no_sharing))
     def fuzz(model: onnx.ModelProto) -> None:
         note("the graph:\n" + onnx.printer.to_text(model))
-        check(model, counts, twice=arguments.twice)
+        counts["graphs"] += 1
+        counts.update(f"graphs with family {name}" for name in families_of(model))
+        try:
+            check(model, counts)
+        except Exception as error:
+            if arguments.shrink:
+                raise
+            mistakes.add(model, error)
+        if counts["graphs"] % SHOWN_EVERY == 0:
+            show(counts, mistakes, start)
 
-    start = time.perf_counter()
-    failure: BaseException | None = None
     try:
         fuzz()
-    except Exception as error:
-        failure = error
-    for name, value in counts.items():
-        print(f"{value:8d}  {name}")
-    print(f"{time.perf_counter() - start:8.1f}  seconds (seed {arguments.seed})")
-    if failure is not None:
-        print("\n".join([f"\nFAILED: {type(failure).__name__}: {failure}", *getattr(failure, "__notes__", [])]))
+    except Exception as error:  # with --shrink: the smallest graph that fails
+        print("\n".join([f"\nFAILED: {type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
         return 1
-    return 0
+    show(counts, mistakes, start)
+    return 1 if mistakes.counts else 0
 
 
 if __name__ == "__main__":

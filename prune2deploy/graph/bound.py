@@ -19,6 +19,7 @@ from prune2deploy.graph.bounds.movement import dropout
 from prune2deploy.graph.bounds.ranges import Ranges, constants, ranges, unchanged, unknown
 from prune2deploy.graph.bounds.rules import RULES
 from prune2deploy.graph.bounds.step import Step
+from prune2deploy.graph.groupnorm import restore_group_norms
 from prune2deploy.graph.model import RANDOM, normalise
 from prune2deploy.graph.node import FLOATS, Node, Operand, Tables, tables
 
@@ -86,7 +87,9 @@ def output_bound(reference: onnx.ModelProto, changed: onnx.ModelProto, input_ran
 def _tables_of(model: onnx.ModelProto) -> Tables:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    return tables(normalise(copy))
+    graph = normalise(copy)
+    restore_group_norms(graph)  # its three nodes have rules; by itself it is in no file
+    return tables(graph)
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------

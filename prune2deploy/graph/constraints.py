@@ -205,11 +205,12 @@ def close(
     class_of = classes(count, constraints)
     members = _by_class(class_of)
     work = [constraint for constraint in constraints if not isinstance(constraint, Equal)]
-    touched_by = _touched_by(class_of, work)
+    class_count = int(class_of.max()) + 1
+    touched_by = _touched_by(class_of, class_count, work)
 
     kept = kept.copy()
     kept[FROZEN] = True
-    class_kept = np.zeros(int(class_of.max()) + 1, dtype=bool)
+    class_kept = np.zeros(class_count, dtype=bool)
     class_kept[class_of[kept]] = True
     kept = class_kept[class_of]
 
@@ -219,13 +220,13 @@ def close(
     while queue or counts:
         index = queue.popleft() if queue else counts.pop()
         queued[index] = False
-        new = np.unique(class_of[work[index].close(kept)])
+        new = _distinct(class_of[work[index].close(kept)], class_count)
         for class_id in new[~class_kept[new]].tolist():
             class_kept[class_id] = True
             kept[members(class_id)] = True
             if causes is not None:
                 causes[class_id] = work[index]
-            for other in touched_by.get(class_id, ()):
+            for other in touched_by(class_id):
                 if not queued[other]:
                     queued[other] = True
                     (counts if isinstance(work[other], Count) else queue).append(other)
@@ -239,9 +240,22 @@ def _by_class(class_of: Ids) -> Callable[[int], Ids]:
     return lambda class_id: order[start[class_id] : start[class_id + 1]]
 
 
-def _touched_by(class_of: Ids, work: Sequence[Implies | Hull | Count]) -> dict[int, list[int]]:
-    table: dict[int, list[int]] = {}
-    for index, constraint in enumerate(work):
-        for class_id in np.unique(class_of[constraint.ids()]).tolist():
-            table.setdefault(class_id, []).append(index)
-    return table
+def _touched_by(class_of: Ids, count: int, work: Sequence[Implies | Hull | Count]) -> Callable[[int], list[int]]:
+    """Return a function from a class to the constraints that its keeping can trigger, in order."""
+    touched = [_distinct(class_of[constraint.ids()], count) for constraint in work]
+    if not touched:
+        return lambda class_id: []
+    by = np.repeat(np.arange(len(work)), [len(own) for own in touched])
+    classes_touched = np.concatenate(touched)
+    order = np.argsort(classes_touched, kind="stable")
+    by, start = by[order], np.searchsorted(classes_touched[order], np.arange(count + 1))
+    return lambda class_id: by[start[class_id] : start[class_id + 1]].tolist()
+
+
+def _distinct(found: Ids, count: int) -> Ids:
+    """Return the sorted distinct classes among these, of ``count`` in all; for many, marking is faster than sorting."""
+    if len(found) * 8 < count:
+        return np.unique(found)
+    seen = np.zeros(count, dtype=bool)
+    seen[found] = True
+    return np.flatnonzero(seen)

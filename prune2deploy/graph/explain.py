@@ -40,10 +40,14 @@ class Reason:
 
 @dataclass
 class LayerReasons:
-    """A layer's removed channels and its dead but kept ones, each with its reason; ``gone``: the whole layer went."""
+    """A layer's removed channels and its dead but kept ones, each with its reason; ``gone``: the whole layer went.
+
+    ``axis`` is that of the channels in the layer's output.
+    """
 
     layer: str
     op_type: str
+    axis: int
     before: int
     after: int
     gone: bool
@@ -52,7 +56,13 @@ class LayerReasons:
 
     def to_json(self) -> dict[str, Any]:
         """Return the layer's reasons as a JSON object."""
-        own = {"layer": self.layer, "op_type": self.op_type, "before": self.before, "after": self.after}
+        own: dict[str, Any] = {
+            "layer": self.layer,
+            "op_type": self.op_type,
+            "axis": self.axis,
+            "before": self.before,
+            "after": self.after,
+        }
         reasons = {name: [one.to_json() for one in getattr(self, name)] for name in ("removed", "kept")}
         return own | {"gone": self.gone} | reasons
 
@@ -91,7 +101,7 @@ def _layer(node: Node, output: Axis, analysis: Analysis, why_kept: _Keepers) -> 
     )
     dead = [k for k in np.flatnonzero(kept).tolist() if channels.is_dead(k)]
     stayed = _grouped((k, *why_kept.of(output, k)) for k in dead)
-    return LayerReasons(layer_name(node), node.op_type, size, int(kept.sum()), gone, removed, stayed)
+    return LayerReasons(layer_name(node), node.op_type, output.axis, size, int(kept.sum()), gone, removed, stayed)
 
 
 def _grouped(found: Iterable[tuple[int, str, dict[str, Any]]]) -> list[Reason]:

@@ -153,8 +153,8 @@ def expand(fact: Fact, axis: int, size: int, shape: Shape, numbers: Numbers) -> 
     mark = ("at", axis, layout_key(shape, fact))
     mark_number = numbers.intern(mark)
     flat = fact.number.ravel().tolist()
-    table = [[numbers.intern((mark_number, number, i)) for number in flat] for i in range(size)]
-    stacked = np.array(table, dtype=np.int64).reshape(size, *fact.shape)
+    keys = ((mark_number, number, i) for i in range(size) for number in flat)
+    stacked = numbers.intern_all(keys).reshape(size, *fact.shape)
     number = np.concatenate(list(stacked), axis=axis)
     return make(number, np.repeat(fact.scale, size, axis), np.repeat(fact.shift, size, axis))
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune2deploy.graph.fact import Fact, Numbers, unknown
-from prune2deploy.graph.node import Node, Tables
+from prune2deploy.graph.node import FLOATS, Node, Operand, Tables
 from prune2deploy.graph.rules import rule_for
 from prune2deploy.graph.rules.base import Rule, View
+from prune2deploy.graph.rules.precision import rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,15 @@ def _found(node: Node, rule: Rule | None, view: View) -> list[Fact] | str:
         return "this form of the operator is not covered"
     if isinstance(found, str):
         return found
+    found = [_in_type(fact, out) for fact, out in zip(found, node.outputs, strict=False)]
     return found if _fits(found, node) else "its shapes contradict each other or its constants are not finite"
+
+
+def _in_type(fact: Fact, operand: Operand) -> Fact:
+    """Return a fact whose constants are what the value's own type holds, so that equal ones cancel to 0."""
+    if operand.dtype not in FLOATS or not fact.constant.any():
+        return fact
+    return Fact(fact.number, fact.scale, np.where(fact.constant, rounded(fact.shift, operand.dtype), fact.shift))
 
 
 def _fits(found: list[Fact], node: Node) -> bool:

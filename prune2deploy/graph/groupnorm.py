@@ -7,6 +7,7 @@ stay or go.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,18 +44,44 @@ def settle_casts(graph: gs.Graph) -> None:
         node.attrs["to"] = kind
 
 
+def stand_in_group_norms(graph: onnx.GraphProto) -> None:
+    """Put an Identity in the place of each Reshape at the end of a group norm that asks its input for its shape.
+
+    For shape inference alone, which in older operator sets loses even the rank there.
+    """
+    made_by = {name: node for node in graph.node for name in node.output if not node.domain}
+    for node in graph.node:
+        is_reshape = node.op_type == "Reshape" and not node.domain and len(node.input) > 1
+        shape = made_by.get(node.input[1]) if is_reshape else None
+        if shape is None or shape.op_type != "Shape" or shape.attribute:
+            continue
+        inner = node
+        for op in ("InstanceNormalization", "Reshape"):
+            maker = made_by.get(inner.input[0])
+            if maker is None or maker.op_type != op:
+                break
+            inner = maker
+        else:
+            if inner.input[0] == shape.input[0]:
+                node.op_type = "Identity"
+                node.input[:] = [shape.input[0]]
+                del node.attribute[:]
+
+
 def fuse_group_norms(graph: gs.Graph) -> None:
     """Turn every exported group norm of a sorted graph into one GroupNormalization that remembers it.
 
     Its scale and bias are those of the InstanceNormalization, by group.
     """
-    found = [(nodes, gs.Node("GroupNormalization", nodes[2].name)) for nodes in _apart(graph)]
-    reads = [(nodes[0].inputs[0], *nodes[1].inputs[1:]) for nodes, _ in found]
-    triples = replace(graph, found)
-    for (nodes, norm), inputs, triple in zip(found, reads, triples, strict=True):
-        groups, channels = len(inputs[1].values), int(inputs[0].shape[1])
-        norm.inputs = list(inputs)
-        norm.attrs = {**nodes[1].attrs, "num_groups": groups, BY_GROUP: GroupNorm(triple, groups, channels)}
+    found = [(nodes, _stand_in(nodes)) for nodes in list(_apart(graph))]
+    for (_, norm), triple in zip(found, replace(graph, found), strict=True):
+        groups, channels = len(norm.inputs[1].values), int(norm.inputs[0].shape[1])
+        norm.attrs |= {"num_groups": groups, BY_GROUP: GroupNorm(triple, groups, channels)}
+
+
+def _stand_in(nodes: Chain) -> gs.Node:
+    first, middle, last = nodes
+    return gs.Node("GroupNormalization", last.name, dict(middle.attrs), [first.inputs[0], *middle.inputs[1:]])
 
 
 def _apart(graph: gs.Graph) -> Iterator[Chain]:
@@ -101,7 +128,10 @@ def _splits(node: gs.Node, groups: int) -> bool:
         return False
     if sizes[1] != groups and (after is None or after[1] != groups):
         return False
-    return sizes[0] == 0 or (before[0] is not None and before[0] in (sizes[0], None if after is None else after[0]))
+    if sizes[0] < 0:  # the batch is what is left
+        rest = [size for size in before[1:] if isinstance(size, int)]
+        return len(rest) == len(before) - 1 and math.prod(rest) == math.prod(sizes[1:])
+    return sizes[0] in (0, before[0])
 
 
 def _is_as_before(node: gs.Node, source: gs.Tensor) -> bool:

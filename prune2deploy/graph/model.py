@@ -16,6 +16,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import publish, require_file, write_with
+from prune2deploy.graph.groupnorm import fuse_group_norms, restore_group_norms, settle_casts, stand_in_group_norms
 from prune2deploy.graph.shapes import fold_shapes
 from prune2deploy.graph.shuffle import fuse_shuffles, restore_shuffles
 from prune2deploy.graph.stored import absorb_transposes, feeds_quantised
@@ -78,6 +79,8 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
         if not uses_external_data(tensor):
             continue
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        if not isinstance(location, str):  # protobuf gives bytes where a name is no text
+            raise InputError(f"'{path}' wants its weights from a file whose name is no text; export it again")
         place = (folder / location).resolve()
         if not place.is_relative_to(folder):
             raise InputError(f"'{path}' wants its weights from '{location}', outside its folder; move them beside it")
@@ -135,6 +138,7 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     _fill_sparse(model.graph)
     _remove_passing(model.graph)
     graph = _imported(model)
+    settle_casts(graph)
     if any(node.op in ("Shape", "Size", "If") for node in graph.nodes):
         fold_constants(graph)
         fold_shapes(graph)
@@ -145,13 +149,17 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     remove_dead_nodes(graph)
     sort_nodes(graph)
     fuse_shuffles(graph)
+    fuse_group_norms(graph)
     return graph
 
 
 def _imported(model: onnx.ModelProto) -> gs.Graph:
-    infer_shapes(model)
+    outputs = infer_shapes(model)
     with G_LOGGER.suppress():  # it prints
         graph = gs.import_onnx(model)
+    for tensor in graph.outputs:
+        if tensor.name in outputs and not isinstance(tensor, gs.Constant):
+            tensor.shape = outputs[tensor.name]
     graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
     return graph
 
@@ -174,8 +182,19 @@ def fold_constants(graph: gs.Graph) -> None:
         return node.op in RANDOM or feeds_quantised(node) or any(tensor.name in outputs for tensor in node.outputs)
 
     guards = [_guarded(graph, tensor) for tensor in graph.outputs if tensor.inputs]
+    witnesses = [_witness(tensor) for node in graph.nodes if _is_elided(node) for tensor in node.outputs]
+    graph.nodes += witnesses
+    partial = _partial_shapes(graph)
+    for node in partial:
+        node.op = "PartialShape"
     with G_LOGGER.suppress():  # it prints
-        graph.fold_constants(size_threshold=SINGLE_FILE_BYTES, should_exclude_node=stays)
+        graph.fold_constants(recurse_subgraphs=False, size_threshold=SINGLE_FILE_BYTES, should_exclude_node=stays)
+    for node in partial:
+        node.op = "Shape"
+    for witness in witnesses:
+        witness.inputs.clear()
+        witness.outputs.clear()
+        graph.nodes.remove(witness)
     for guard in guards:
         inner, output = guard.inputs[0], guard.outputs[0]
         if not isinstance(inner, gs.Constant):  # as it was
@@ -185,6 +204,41 @@ def fold_constants(graph: gs.Graph) -> None:
             redirect(inner, output)
             producer = inner.inputs[0]
             producer.outputs = [output if tensor is inner else tensor for tensor in producer.outputs]
+
+
+def _partial_shapes(graph: gs.Graph) -> list[gs.Node]:
+    """Fold every Shape of some axes that are all known, and return the others.
+
+    onnx-graphsurgeon takes either for a Shape of all axes.
+    """
+    left = []
+    for node in graph.nodes:
+        if node.op != "Shape" or node.domain or not {"start", "end"} & set(node.attrs):
+            continue
+        shape = node.inputs[0].shape
+        sizes = [None] if shape is None else list(shape)[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+        if all(isinstance(size, int) for size in sizes):
+            output = node.outputs[0]
+            output.to_constant(np.array(sizes, dtype=np.int64))
+            output.inputs.clear()
+        else:
+            left.append(node)
+    return left
+
+
+def _is_elided(node: gs.Node) -> bool:
+    """Whether onnx-graphsurgeon might compute a node in integers, because it stands between casts to floats and back.
+
+    A size times 1.5 would become a size times 1.
+    """
+    makers = [maker for tensor in node.inputs for maker in tensor.inputs]
+    readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+    return any(maker.op == "Cast" for maker in makers) and any(reader.op == "Cast" for reader in readers)
+
+
+def _witness(tensor: gs.Tensor) -> gs.Node:
+    """Return another reader of a value, so that what makes it must stay as it is."""
+    return gs.Node("Identity", inputs=[tensor], outputs=[gs.Variable(f"{tensor.name}_witness", dtype=tensor.dtype)])
 
 
 def _guarded(graph: gs.Graph, output: gs.Variable) -> gs.Node:
@@ -198,8 +252,15 @@ def _guarded(graph: gs.Graph, output: gs.Variable) -> gs.Node:
     return guard
 
 
-def infer_shapes(model: onnx.ModelProto) -> None:
-    """Replace the model's inner shapes by all that onnx can infer; large weights take no part, only their shapes do."""
+Dimensions = list[int | str | None]
+
+
+def infer_shapes(model: onnx.ModelProto) -> dict[str, Dimensions]:
+    """Replace the model's inner shapes by all that onnx can infer; large weights take no part, only their shapes do.
+
+    Returns the shapes of the outputs. Those that the model gives them are not believed, nor is any runtime bound to
+    them: exporters name the sizes of an output after those of the input, whatever the network did to them.
+    """
     bare = onnx.ModelProto()
     bare.ir_version = model.ir_version
     bare.opset_import.extend(model.opset_import)
@@ -207,8 +268,13 @@ def infer_shapes(model: onnx.ModelProto) -> None:
     bare.graph.name = model.graph.name
     bare.graph.node.extend(model.graph.node)
     stand_in(bare.graph)
+    stand_in_group_norms(bare.graph)
     bare.graph.input.extend(model.graph.input)
-    bare.graph.output.extend(model.graph.output)
+    made = {name for node in model.graph.node for name in node.output}
+    for value in model.graph.output:
+        open_ended = bare.graph.output.add(name=value.name, type=value.type).type
+        if value.name in made and open_ended.HasField("tensor_type"):
+            open_ended.tensor_type.ClearField("shape")
     listed = {value.name for value in model.graph.input}
     for tensor in model.graph.initializer:
         if np.prod(tensor.dims) <= SMALL_CONSTANT:
@@ -220,8 +286,31 @@ def infer_shapes(model: onnx.ModelProto) -> None:
         inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
     except (ValueError, RuntimeError, onnx.shape_inference.InferenceError) as error:
         log.warning("shapes could not be inferred (%s); operators without shapes stay opaque", one_line(error, 120))
-        return
+        return {value.name: shape for value in model.graph.output if (shape := _believed(None, value)) is not None}
     model.graph.value_info.extend(inferred.graph.value_info)
+    pairs = zip(inferred.graph.output, model.graph.output, strict=True)
+    believed = ((value.name, _believed(_shape(value), given)) for value, given in pairs if value.name in made)
+    return {name: shape for name, shape in believed if shape is not None}
+
+
+def _shape(value: onnx.ValueInfoProto) -> Dimensions | None:
+    if not value.type.tensor_type.HasField("shape"):
+        return None
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
+
+
+def _believed(inferred: Dimensions | None, given: onnx.ValueInfoProto) -> Dimensions | None:
+    """Return the shape of an output: what was inferred, else the sizes that are given as numbers, never as names."""
+    stated = _shape(given)
+    if stated is None:
+        return inferred
+    numbers: Dimensions = [None if isinstance(size, str) else size for size in stated]
+    if inferred is None or len(inferred) != len(numbers):
+        return numbers if inferred is None else inferred
+    unknown = (isinstance(size, str) and size.startswith("unk__") for size in inferred)
+    pairs = zip(inferred, numbers, unknown, strict=True)
+    return [number if number is not None and (size is None or open_) else size for size, number, open_ in pairs]
 
 
 NOT_INFERRED = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
@@ -402,6 +491,7 @@ def sort_nodes(graph: gs.Graph) -> None:
 
 def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
+    restore_group_norms(graph)
     restore_shuffles(graph)
     model = _exported(graph, like)
     del model.graph.value_info[:]

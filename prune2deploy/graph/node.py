@@ -110,15 +110,16 @@ class Tables:
 
 def tables(graph: gs.Graph) -> Tables:
     """Return the analysis tables of a topologically sorted graph; node i of the table is node i of the graph."""
+    given_out = {id(tensor) for tensor in graph.outputs}
     with G_LOGGER.suppress():  # it prints
         return Tables(
-            nodes=tuple(_node(node, index, graph.opset) for index, node in enumerate(graph.nodes)),
+            nodes=tuple(_node(node, index, graph.opset, given_out) for index, node in enumerate(graph.nodes)),
             inputs=tuple(_operand(tensor) for tensor in graph.inputs),
             outputs=tuple(_operand(tensor) for tensor in graph.outputs),
         )
 
 
-def _node(node: gs.Node, index: int, opset: int) -> Node:
+def _node(node: gs.Node, index: int, opset: int, given_out: set[int]) -> Node:
     subgraphs = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
     return Node(
         index=index,
@@ -130,7 +131,7 @@ def _node(node: gs.Node, index: int, opset: int) -> Node:
         outputs=tuple(_operand(tensor) for tensor in node.outputs),
         captured=tuple(sorted({name for subgraph in subgraphs for name in _reads(subgraph)})),
         opset=opset,
-        sizes_read=_sizes_read(node) if node.op == "Shape" else None,
+        sizes_read=_sizes_read(node) if node.op == "Shape" and id(node.outputs[0]) not in given_out else None,
     )
 
 

@@ -90,11 +90,13 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     gone: set[int] = set()
     if analysis.changes:
         targets = list(graph.nodes)
-        sizes = _apply(graph, analysis)
+        writer = _apply(graph, analysis)
+        sizes = writer.sizes
         left = {id(node) for node in graph.nodes}
         gone = {index for index, node in enumerate(targets) if id(node) not in left}
         written = graph.tensors()
-        kept["initializers"] = {name: axes for name, axes in _kept_initializers(analysis).items() if name in written}
+        axes_by_name = _kept_initializers(analysis, writer.written)
+        kept["initializers"] = {name: axes for name, axes in axes_by_name.items() if name in written}
     slim = to_model(graph, model)
     stamp(slim, "prune2deploy.version", __version__)
     rewritten = time.perf_counter()
@@ -153,8 +155,8 @@ def _kept_values(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
     return dict(sorted(table.items()))
 
 
-def _apply(graph: gs.Graph, analysis: Analysis) -> dict[tuple[int, int], int]:
-    """Apply every live node's ``drop``; return the new size of each constant input that was written."""
+def _apply(graph: gs.Graph, analysis: Analysis) -> _Writer:
+    """Apply every live node's ``drop``; return what knows the constants that were written."""
     writer = _Writer(graph)
     for node, target in zip(analysis.tables.nodes, list(graph.nodes), strict=True):
         rule = analysis.known.rules[node.index]
@@ -170,7 +172,7 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> dict[tuple[int, int], int]:
         fold_constants(graph)
         remove_dead_nodes(graph)
     writer.name_constants()
-    return writer.sizes
+    return writer
 
 
 def _forget_shapes(graph: gs.Graph) -> None:
@@ -181,8 +183,13 @@ def _forget_shapes(graph: gs.Graph) -> None:
             tensor.shape = None
 
 
-def _kept_initializers(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
-    """Return the kept old indices of the initializers that became smaller, by axis."""
+def _kept_initializers(
+    analysis: Analysis, written: dict[tuple[int, int], gs.Constant]
+) -> dict[str, dict[str, list[int]]]:
+    """Return the kept old indices of the initializers that became smaller, by axis, under their new names.
+
+    One that several nodes shared has several names where they keep different indices of it.
+    """
     table: dict[str, dict[str, list[int]]] = {}
     for node in analysis.tables.nodes:
         rule = analysis.known.rules[node.index]
@@ -195,6 +202,8 @@ def _kept_initializers(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
             chosen = np.flatnonzero(analysis.keep.kept[part.axis.value, part.axis.axis][part.of]).tolist()
             operand = node.inputs[part.slot]
             name = operand.stored.source if operand.stored is not None else operand.name
+            if (node.index, part.slot) in written:
+                name = written[node.index, part.slot].name
             table.setdefault(name, {})[str(part.constant_axis)] = chosen
     return dict(sorted(table.items()))
 
@@ -211,6 +220,8 @@ class _Writer:
         self._shared: dict[str, list[tuple[np.ndarray, gs.Constant]]] = {}
         self._stored: dict[str, list[tuple[bytes, gs.Variable]]] = {}
         self.sizes: dict[tuple[int, int], int] = {}
+        """The new size of each constant input that was written, by node and slot."""
+        self.written: dict[tuple[int, int], gs.Constant] = {}
 
     def fresh(self, wanted: str) -> str:
         """Return a tensor name that is not in use."""
@@ -341,7 +352,7 @@ class NodeEdit:
             name = old.name
         else:
             name = self._writer.fresh(f"{self._node.outputs[0].name}_input{slot}")
-        inputs[slot] = self._writer.constant(name, array)
+        inputs[slot] = self._writer.written[self._node.index, slot] = self._writer.constant(name, array)
         self._writer.sizes[self._node.index, slot] = array.size
 
     def _stored_part(self, slot: int, stored: Stored) -> Stored:

@@ -29,15 +29,17 @@ class Shuffle:
 def fuse_shuffles(graph: gs.Graph) -> None:
     """Turn every channel shuffle of a sorted graph into one Gather that remembers it."""
     found = [(nodes, shuffle) for nodes in chains(graph, "Transpose") if (shuffle := _shuffle(nodes)) is not None]
-    gathers = [(nodes, gs.Node("Gather", nodes[2].name)) for nodes, _ in found]
-    sources = [nodes[0].inputs[0] for nodes, _ in found]
-    triples = replace(graph, gathers)
     names = set(graph.tensors())
-    for (_, gather), source, triple, (_, place) in zip(gathers, sources, triples, found, strict=True):
-        axis, groups, channels = place
-        order = np.arange(channels).reshape(groups, -1).T.ravel()
-        gather.attrs = {"axis": axis, SHUFFLE: Shuffle(triple, axis, groups, channels)}
-        gather.inputs = [source, gs.Constant(fresh(f"{gather.outputs[0].name}_order", names), order)]
+    gathers = [(nodes, _gather(nodes, place, names)) for nodes, place in found]
+    for (_, gather), triple, (_, place) in zip(gathers, replace(graph, gathers), found, strict=True):
+        gather.attrs[SHUFFLE] = Shuffle(triple, *place)
+
+
+def _gather(nodes: Chain, place: tuple[int, int, int], names: set[str]) -> gs.Node:
+    axis, groups, channels = place
+    order = np.arange(channels).reshape(groups, -1).T.ravel()
+    indices = gs.Constant(fresh(f"{nodes[2].outputs[0].name}_order", names), order)
+    return gs.Node("Gather", nodes[2].name, {"axis": axis}, [nodes[0].inputs[0], indices])
 
 
 def _shuffle(nodes: Chain) -> tuple[int, int, int] | None:

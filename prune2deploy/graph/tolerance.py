@@ -137,7 +137,9 @@ def _weights(node: Node) -> Iterator[tuple[int, Filters]]:
     find = _WEIGHTS.get(node.op_type) if node.domain == "" else None
     for slot, filters in find(node) if find is not None else ():
         operand = node.input(slot)
-        if operand is not None and operand.array is not None and operand.dtype in FLOATS and operand.array.ndim:
+        if operand is None or operand.array is None or operand.stored is not None:  # integers are what they are
+            continue
+        if operand.dtype in FLOATS and operand.array.ndim:
             yield slot, filters
 
 

@@ -70,7 +70,10 @@ def chains(graph: gs.Graph, middle: str) -> Iterator[Chain]:
 
 
 def replace(graph: gs.Graph, found: Sequence[tuple[Chain, gs.Node]]) -> list[Triple]:
-    """Put one node in the place of each chain, and return the chains, cut off; the new nodes take their outputs."""
+    """Put one node in the place of each chain, and return the chains, cut off; the new nodes take their outputs.
+
+    The new nodes must read what they read already: what nobody reads any more goes with the chains.
+    """
     index = {id(node): number for number, node in enumerate(graph.nodes)}
     parts = [_cut(nodes, stand_in) for nodes, stand_in in found]
     outputs = _outputs(graph)

@@ -29,11 +29,11 @@ def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return {model.graph.input[0].name: random.standard_normal(sizes).astype(np.float32)}
 
 
-def disturbed(model: onnx.ModelProto, value: str, rank: int, channel: int, size: int) -> onnx.ModelProto:
+def disturbed(model: onnx.ModelProto, value: str, like: np.ndarray, axis: int, channel: int) -> onnx.ModelProto:
     """Return the graph with something added to one channel of a value, for all its readers."""
     changed = copy_of(model)
-    noise = np.zeros((1, size, *[1] * (rank - 2)), np.float32)
-    noise[:, channel] = 3.7
+    noise = np.zeros([size if place == axis else 1 for place, size in enumerate(like.shape)], like.dtype)
+    noise.flat[channel] = 4
     changed.graph.initializer.append(onnx.numpy_helper.from_array(noise, "noise"))
     place = next(index for index, item in enumerate(changed.graph.node) if value in item.output)
     for item in changed.graph.node:
@@ -62,13 +62,14 @@ def check_reasons(model: onnx.ModelProto, slimmed: Slimmed, seen: Counter[str]) 
             seen[kind] += 1
             k = reason.channels[0]
             if kind == "constant":
-                np.testing.assert_allclose(value[:, k], reason.details["value"], rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(value.take(k, layer.axis), reason.details["value"], rtol=1e-5, atol=1e-6)
             elif kind == "alias":
-                want = reason.details["scale"] * value[:, reason.details["of"]] + reason.details["shift"]
-                np.testing.assert_allclose(value[:, k], want, rtol=1e-4, atol=1e-4)
+                other = value.take(reason.details["of"], layer.axis)
+                want = reason.details["scale"] * other + reason.details["shift"]
+                np.testing.assert_allclose(value.take(k, layer.axis), want, rtol=1e-4, atol=1e-4)
             elif name not in outputs:
-                other = disturbed(model, name, value.ndim, k, value.shape[1])
-                verify(model.SerializeToString(), other.SerializeToString())
+                moved = disturbed(model, name, value, layer.axis, k)
+                verify(model.SerializeToString(), moved.SerializeToString())
         for reason in layer.kept:
             seen["kept: " + reason.details["kind"]] += 1
 

@@ -107,4 +107,6 @@ def rule_for(node: Node) -> Rule | None:
         return None
     if node.op_type in PRODUCTS and all(operand.is_value for operand in node.inputs[:2]):
         return product.PRODUCT
+    if norm.BY_GROUP in node.attributes:
+        return norm.GROUP_NORM_OF_THREE
     return quantized_linear.stored_weights_rule(node) or RULES.get(node.op_type)

@@ -273,7 +273,7 @@ def _joined(linear: Linear, folded: list[Folded]) -> tuple[np.ndarray, np.ndarra
     bias = np.concatenate([part.bias for part in folded])
     if len(folded) == linear.groups and all(part.same for part in folded):
         return linear.weight, bias, linear.groups
-    weight = folded[0].weight if len(folded) == 1 else np.concatenate([part.weight for part in folded])
+    weight = folded[0].weight if linear.groups == 1 else np.concatenate([part.weight for part in folded])
     return weight, bias, len(folded)
 
 

@@ -124,11 +124,19 @@ def _largest(dtype: np.dtype[Any]) -> float:
 
 
 def constant_part(weight: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Return what constant inputs ``offset`` [columns] add to every row, float64 [rows]."""
+    """Return what constant inputs ``offset`` [columns] add to every row, float64 [rows]; a few rows at a time."""
     used = np.flatnonzero(offset)
+    total = np.zeros(len(weight))
     if not len(used):
-        return np.zeros(len(weight))
-    return np.asarray(np.take(weight, used, axis=1).sum(axis=2, dtype=np.float64) @ offset[used])
+        return total
+    few = len(used) < weight.shape[1] // 2
+    values = offset[used] if few else offset
+    height = max(1, BLOCK // max(1, weight[0].size))
+    for first in range(0, len(weight), height):
+        block = weight[first : first + height]
+        chosen = np.take(block, used, axis=1) if few else block
+        total[first : first + height] = chosen.sum(axis=2, dtype=np.float64) @ values
+    return total
 
 
 def nonzero_taps(weight: np.ndarray) -> np.ndarray:

@@ -42,6 +42,14 @@ class Norm:
 
 Reader = Callable[[Node], Norm | str]
 
+EPSILON = 1e-5
+"""What every one of these operators adds to a variance where its node does not say otherwise."""
+
+
+def _guarded(node: Node) -> bool:
+    """Whether zeros stay zeros: without an epsilon they are divided by 0."""
+    return float(node.attribute("epsilon", EPSILON)) > 0
+
 
 def _parameters(node: Node, names: dict[int, str]) -> dict[str, np.ndarray | None] | str:
     """Return gain and offset by name, None where absent, or why they cannot be known."""
@@ -75,7 +83,8 @@ def _read_layer_norm(node: Node) -> Norm | str:
     gain, offset = _of_rank(parameters["scale"], rank, 1.0), _of_rank(parameters["bias"], rank, 0.0)
     if any(size > 1 and axis not in axes for part in (gain, offset) for axis, size in enumerate(part.shape)):
         return "its scale reaches over more than what is measured"
-    return Norm(axes, gain, offset, zero_stays=node.op_type == "RMSNormalization")
+    zero_stays = node.op_type == "RMSNormalization"
+    return Norm(axes, gain, offset, zero_stays=zero_stays, zeros_stay=_guarded(node))
 
 
 def _read_instance_norm(node: Node) -> Norm | str:
@@ -87,7 +96,8 @@ def _read_instance_norm(node: Node) -> Norm | str:
     if gain is None or offset is None or rank < 3:
         return "it has no channels and space"
     column = (1, -1, *(1,) * (rank - 2))
-    return Norm(tuple(range(2, rank)), gain.reshape(column), offset.reshape(column), own_axis=1)
+    axes = tuple(range(2, rank))
+    return Norm(axes, gain.reshape(column), offset.reshape(column), own_axis=1, zeros_stay=_guarded(node))
 
 
 def _plain(axes: Iterable[int], rank: int, **zeros: bool) -> Norm:
@@ -232,6 +242,10 @@ It stands for them while channels are removed (see `graph.groupnorm`); it is in 
 """
 
 
+UNIT = "unit"
+"""The role of a constant that holds nothing but ones or zeros, only to have the right size."""
+
+
 def _read_group_norm(node: Node) -> Norm | str:
     """Return the norm of the input seen as [batch, groups, channels of a group, ...]."""
     by_group = BY_GROUP in node.attributes
@@ -302,11 +316,15 @@ GROUP_NORMALIZATION = Rule(
 
 
 def _by_group_parts(node: Node, view: View) -> list[Part]:
-    """Return how scale and bias follow the first channel of each group; those of an exported norm are ones and zeros."""
+    """Return how scale and bias follow the first channel of each group.
+
+    The ones and zeros of an exported norm are no parameters: many norms may share them and still be pruned apart.
+    """
     norm = _must(_read_group_norm(node))
     groups, each = norm.gain.shape[1:3]
-    of = np.arange(groups) * each
-    return [Part(slot, 0, "unit", Axis(node.outputs[0].name, 1), of) for slot in (1, 2) if groups > 1]
+    role = UNIT if (norm.gain == 1).all() and not norm.offset.any() else "constant"
+    axis, of = Axis(node.outputs[0].name, 1), np.arange(groups) * each
+    return [Part(slot, 0, role, axis, of) for slot in (1, 2) if groups > 1]
 
 
 GROUP_NORM_OF_THREE = replace(GROUP_NORMALIZATION, kind="activation", parts=_by_group_parts)

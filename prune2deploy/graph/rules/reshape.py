@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules.base import Demand, Edit, Rule, View, freeze, tie_axes
 from prune2deploy.graph.rules.pool import linear_window
 from prune2deploy.graph.rules.sources import MOVED, computed, everything
+
+MOST_POSITIONS = 2**20
+"""A Reshape that would give a value more positions than this is opaque: each takes about 2 us and 300 bytes."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,13 @@ def _expanded(node: Node, view: View, block: Block) -> bool:
     return any(layout[axis] > 1 for axis in block.into)
 
 
+def _width(node: Node, view: View, found: list[Block]) -> int:
+    """Return how many positions the result has, as far as sizes are known."""
+    before = node.inputs[0].shape or ()
+    into = [axis for block in found if _expanded(node, view, block) for axis in block.into]
+    return math.prod(size for axis in into if isinstance(size := before[axis], int))
+
+
 def _facts(node: Node, view: View) -> list[Fact] | str:
     before, after = node.inputs[0].shape, node.outputs[0].shape
     if before is None or after is None:
@@ -115,6 +126,9 @@ def _facts(node: Node, view: View) -> list[Fact] | str:
     if found is None:
         return "its sizes are not known"
     fact = view.of(node.inputs[0])
+    width = _width(node, view, found)
+    if width > max(MOST_POSITIONS, fact.number.size):
+        return f"it merges channels with space into {width:,} positions, more than {MOST_POSITIONS:,}"
     target: list[int] = [1] * len(after)
     merged: list[Block] = []
     for block in found:

@@ -1,4 +1,4 @@
-"""Elementwise operators of random graphs. Where one jumps, it is used so that the result does not, or on exact values."""
+"""Elementwise operators of random graphs; where one jumps, it is used so that its result does not, or exactly."""
 
 from __future__ import annotations
 
@@ -124,14 +124,18 @@ def choice(builder: Builder, draw: Any, x: Value) -> Value:
         return x.to(builder.node("Where", [over, x.name, low]))
     if form == "ramp":
         return x.to(
-            builder.node("Mul", [builder.node("Cast", [over], to=TensorProto.FLOAT), builder.node("Sub", [x.name, low])])
+            builder.node(
+                "Mul", [builder.node("Cast", [over], to=TensorProto.FLOAT), builder.node("Sub", [x.name, low])]
+            )
         )
     high = builder.constant(edge + 1)
     below = builder.node("Not", [builder.node("Greater", [x.name, high])])
     between = builder.node("And", [over, below])
     clipped = builder.node("Min", [builder.node("Max", [x.name, low]), high])
     if draw(st.booleans()):
-        outside = builder.node(draw(st.sampled_from(("Or", "Xor"))), [builder.node("Not", [over]), builder.node("Not", [below])])
+        outside = builder.node(
+            draw(st.sampled_from(("Or", "Xor"))), [builder.node("Not", [over]), builder.node("Not", [below])]
+        )
         return x.to(builder.node("Where", [outside, clipped, x.name]))
     return x.to(builder.node("Where", [between, x.name, clipped]))
 

@@ -18,7 +18,7 @@ def bias(builder: Builder, draw: Any, rows: int) -> list[str]:
 
 def weight(builder: Builder, draw: Any, array: np.ndarray) -> str:
     """Return a weight's name: one in floats, or now and then one in integers."""
-    if builder.opset >= 10 and draw(st.integers(0, 9)) == 9:
+    if builder.integers and builder.opset >= 10 and draw(st.integers(0, 9)) == 9:
         return stored_weight(builder, draw, array)
     return builder.weight(draw, array)
 
@@ -41,7 +41,9 @@ def conv(builder: Builder, draw: Any, x: Value) -> Value:
     inputs = [x.name, weight(builder, draw, array), *bias(builder, draw, rows)]
     extra: dict[str, Any] = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "group": groups}
     if draw(st.integers(0, 5)) == 0:
-        return x.to(builder.node("Conv", inputs, auto_pad="SAME_UPPER", **extra), channels=rows, size=-(-x.size // stride))
+        return x.to(
+            builder.node("Conv", inputs, auto_pad="SAME_UPPER", **extra), channels=rows, size=-(-x.size // stride)
+        )
     name = builder.node("Conv", inputs, pads=[pad] * 4, dilations=[dilation] * 2, **extra)
     return x.to(name, channels=rows, size=(x.size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1)
 
@@ -59,7 +61,9 @@ def conv_transpose(builder: Builder, draw: Any, x: Value) -> Value:
         groups = rows = x.channels
     elif form == "grouped":
         groups, rows = grouped(draw, x.channels)
-    kernel, stride, pad, more = draw(st.sampled_from(((2, 2, 0, 0), (3, 1, 1, 0), (3, 2, 1, 1), (1, 1, 0, 0), (3, 2, 1, 0))))
+    kernel, stride, pad, more = draw(
+        st.sampled_from(((2, 2, 0, 0), (3, 1, 1, 0), (3, 2, 1, 1), (1, 1, 0, 0), (3, 2, 1, 0)))
+    )
     array = planted(builder, draw, rows, (x.channels // groups, kernel, kernel))
     array = array.reshape(groups, rows // groups, x.channels // groups, kernel, kernel).swapaxes(1, 2)
     array = array.reshape(x.channels, rows // groups, kernel, kernel)

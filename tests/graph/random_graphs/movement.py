@@ -38,18 +38,18 @@ def slice_space(builder: Builder, draw: Any, x: Value) -> Value:
 
 
 def gather(builder: Builder, draw: Any, x: Value) -> Value:
-    """Channels taken in any order, some of them twice; at times by one index, or by a table of them."""
+    """Channels taken in any order, some of them twice; at times by one index, or by a column of them."""
     lowest = -x.channels if builder.opset >= 11 else 0
     taken = draw(st.lists(st.integers(lowest, x.channels - 1), min_size=1, max_size=6))
-    form = draw(st.sampled_from(("list", "list", "table", "scalar")))
+    form = draw(st.sampled_from(("list", "list", "column", "scalar")))
     if form == "list" or x.flat:
         return x.to(builder.node("Gather", [x.name, builder.ints(*taken)], axis=1), channels=len(taken))
     if form == "scalar":
         y = builder.node("Gather", [x.name, builder.constant(taken[0], np.int64)], axis=1)
         return x.to(builder.unsqueeze(y, 1), channels=1)
-    table = builder.constant([taken, taken[::-1]], np.int64)
-    y = builder.node("Gather", [x.name, table], axis=1)
-    return x.to(builder.reshape(y, 0, 2 * len(taken), x.size, x.size), channels=2 * len(taken))
+    shape = draw(st.sampled_from(((1, -1), (-1, 1))))  # along both, what is kept would have to be a rectangle
+    y = builder.node("Gather", [x.name, builder.constant(np.reshape(taken, shape), np.int64)], axis=1)
+    return x.to(builder.reshape(y, 0, len(taken), x.size, x.size), channels=len(taken))
 
 
 def split(builder: Builder, draw: Any, x: Value) -> Value:
@@ -140,13 +140,12 @@ def resize(builder: Builder, draw: Any, x: Value) -> Value:
         return x.to(builder.node("Resize", [x.name, scales], mode=mode), size=2 * x.size)
     how = {"coordinate_transformation_mode": "asymmetric"} if mode == "nearest" else {}
     how |= {"nearest_mode": "floor"} if mode == "nearest" else {}
+    none = "" if builder.opset >= 13 else builder.constant([])
     if builder.batch == "N" or draw(st.booleans()):
-        inputs = [x.name, "" if builder.opset >= 13 else builder.constant([]), scales]
-        return x.to(builder.node("Resize", inputs, mode=mode, **how), size=2 * x.size)
+        return x.to(builder.node("Resize", [x.name, none, scales], mode=mode, **how), size=2 * x.size)
     size = draw(st.integers(1, x.size + 3))
-    inputs = [x.name, "" if builder.opset >= 13 else builder.constant([])]
     sizes = builder.ints(int(builder.batch), x.channels, size, size)
-    return x.to(builder.node("Resize", [*inputs, "" if builder.opset >= 13 else builder.constant([]), sizes], mode=mode, **how), size=size)
+    return x.to(builder.node("Resize", [x.name, none, none, sizes], mode=mode, **how), size=size)
 
 
 def repeat(builder: Builder, draw: Any, x: Value) -> Value:
@@ -178,6 +177,8 @@ def sample(builder: Builder, draw: Any, x: Value) -> Value:
     if form == "grid":
         grid = builder.constant(builder.random.uniform(-1, 1, (batch, 4, 4, 2)))
         return x.to(builder.node("GridSample", [x.name, grid], mode="linear", padding_mode="zeros"), size=4)
+    if builder.opset >= 22:  # ONNX Runtime has no such RoiAlign
+        return x
     corners = builder.random.uniform(0, x.size / 2, (batch, 2))
     regions = builder.constant(np.concatenate([corners, corners + x.size / 2], axis=1))
     inputs = [x.name, regions, builder.constant(np.arange(batch), np.int64)]
@@ -228,12 +229,12 @@ def flatten(builder: Builder, draw: Any, x: Value) -> Value:
     form = draw(st.sampled_from(("flatten", "reshape", "sizes", "mean", "gap", "squeeze")))
     wide = x.channels * x.size**2
     if form == "flatten":
-        return Value(builder.node("Flatten", [x.name]), wide, 1, True)
+        return Value(builder.node("Flatten", [x.name]), wide, 1, True, x.exact)
     if form == "reshape":
         target = draw(st.sampled_from(([-1, wide], [0, wide], [0, -1])))
-        return Value(builder.reshape(x.name, *target), wide, 1, True)
+        return Value(builder.reshape(x.name, *target), wide, 1, True, x.exact)
     if form == "sizes":
-        return Value(builder.node("Reshape", [x.name, sizes_of(builder, draw, x)]), wide, 1, True)
+        return Value(builder.node("Reshape", [x.name, sizes_of(builder, draw, x)]), wide, 1, True, x.exact)
     if form == "mean":
         return Value(builder.reduce("ReduceMean", x.name, [2, 3], keepdims=0), x.channels, 1, True)
     y = builder.node("GlobalAveragePool", [x.name])

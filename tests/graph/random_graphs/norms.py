@@ -1,4 +1,4 @@
-"""Norms of random graphs; their epsilons are large, so that none magnifies the rounding of a value that hardly varies."""
+"""Norms of random graphs; their epsilons are large, so that none magnifies the rounding of what hardly varies."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def instance_norm(builder: Builder, draw: Any, x: Value) -> Value:
 def group_norm(builder: Builder, draw: Any, x: Value) -> Value:
     """As an operator, or as exporters write it before there was one: a reshape and an InstanceNormalization."""
     groups = draw(st.sampled_from([n for n in (1, 2, 3, 4) if x.channels % n == 0]))
-    if builder.opset >= 18 and draw(st.booleans()):
-        inputs = [x.name, *_affine(builder, draw, x.channels if builder.opset >= 21 else groups)]
+    if builder.opset >= 21 and draw(st.booleans()):
+        inputs = [x.name, *_affine(builder, draw, x.channels)]
         return x.to(builder.node("GroupNormalization", inputs, num_groups=groups, epsilon=EPSILON))
     y = builder.reshape(x.name, 0, groups, -1)
     ones, zeros = builder.constant(np.ones(groups)), builder.constant(np.zeros(groups))
@@ -44,10 +44,11 @@ def group_norm(builder: Builder, draw: Any, x: Value) -> Value:
 
 def layer_norm(builder: Builder, draw: Any, x: Value) -> Value:
     """LayerNormalization or RMSNormalization over channels that lie last, or over places."""
-    op = draw(st.sampled_from(("LayerNormalization", "RMSNormalization") if builder.opset >= 23 else ("LayerNormalization",)))
+    rms = builder.opset >= 23 and draw(st.booleans())
+    op = "RMSNormalization" if rms else "LayerNormalization"
     over_channels = x.flat or draw(st.booleans())
     size = x.channels if over_channels else x.size
-    inputs = _affine(builder, draw, size)[: 1 if op == "RMSNormalization" else draw(st.integers(1, 2))]
+    inputs = _affine(builder, draw, size)[: 1 if rms else draw(st.integers(1, 2))]
     turned = over_channels and not x.flat
     y = builder.transpose(x.name, 0, 2, 3, 1) if turned else x.name
     y = builder.node(op, [y, *inputs], axis=-1, epsilon=EPSILON)
@@ -55,9 +56,15 @@ def layer_norm(builder: Builder, draw: Any, x: Value) -> Value:
 
 
 def layer_norm_by_parts(builder: Builder, draw: Any, x: Value) -> Value:
-    """LayerNormalization as exporters write it before there was an operator."""
+    """LayerNormalization as exporters write it before there was an operator.
+
+    A ramp first: a constant less its own mean is nothing but rounding.
+    """
     axis = -1 if x.flat else draw(st.sampled_from((1, -1)))
-    centred = builder.node("Sub", [x.name, builder.reduce("ReduceMean", x.name, [axis])])
+    size = x.size if axis == -1 and not x.flat else x.channels
+    ramp = builder.random.uniform(-1, 1, size).reshape((-1, 1, 1) if axis == 1 else -1)
+    y = builder.node("Add", [x.name, builder.constant(ramp)])
+    centred = builder.node("Sub", [y, builder.reduce("ReduceMean", y, [axis])])
     squares = builder.node("Pow", [centred, builder.constant(2.0)])
     spread = builder.node("Add", [builder.reduce("ReduceMean", squares, [axis]), builder.constant(EPSILON)])
     return x.to(builder.node("Div", [centred, builder.node("Sqrt", [spread])]))

@@ -12,6 +12,8 @@ from graph.random_graphs.builder import Builder, Value, planted, planted_bias
 
 STEP = 2.0**-4
 WEIGHT_STEP = 2.0**-6
+KINDS = ((np.uint8, 128), (np.uint8, 0), (np.int8, 0), (np.int8, 7))
+"""Types and zero points of quantised values."""
 
 
 def _scales(builder: Builder, step: float, count: int | None) -> np.ndarray:
@@ -21,31 +23,41 @@ def _scales(builder: Builder, step: float, count: int | None) -> np.ndarray:
 
 def stored_weight(builder: Builder, draw: Any, array: np.ndarray) -> str:
     """Store a weight in integers behind a DequantizeLinear, with scales per tensor or per output channel."""
-    count = len(array) if builder.opset >= 13 and draw(st.booleans()) else None
+    count = len(array) if builder.opset >= 13 and len(array) > 1 and draw(st.booleans()) else None
     scales = _scales(builder, WEIGHT_STEP, count)
     column = scales.reshape(-1, *(1,) * (array.ndim - 1)) if count else scales
     integers = builder.constant(np.clip(np.round(array / column), -127, 127), np.int8)
-    return _dequantised(builder, integers, scales, np.zeros(scales.shape, np.int8), 0 if count else None)
+    zeros = np.zeros(scales.shape, np.int8)
+    return _converted(builder, "DequantizeLinear", integers, scales, zeros, 0 if count else None)
 
 
-def _dequantised(builder: Builder, x: str, scales: np.ndarray, zeros: np.ndarray, axis: int | None) -> str:
+def _converted(
+    builder: Builder, op: str, x: str, scales: np.ndarray, zeros: np.ndarray, axis: int | None = None
+) -> str:
     extra = {} if axis is None else {"axis": axis}
-    return builder.node("DequantizeLinear", [x, builder.constant(scales), builder.constant(zeros, zeros.dtype)], **extra)
+    return builder.node(op, [x, builder.constant(scales), builder.constant(zeros, zeros.dtype)], **extra)
 
 
-def _quantised(builder: Builder, x: str, scales: np.ndarray, zeros: np.ndarray, axis: int | None) -> str:
-    extra = {} if axis is None else {"axis": axis}
-    return builder.node("QuantizeLinear", [x, builder.constant(scales), builder.constant(zeros, zeros.dtype)], **extra)
+def _there_and_back(builder: Builder, x: str, scales: np.ndarray, zeros: np.ndarray, axis: int | None = None) -> str:
+    y = _converted(builder, "QuantizeLinear", x, scales, zeros, axis)
+    return _converted(builder, "DequantizeLinear", y, scales, zeros, axis)
 
 
 def through_integers(builder: Builder, draw: Any, x: Value) -> Value:
     """QuantizeLinear and DequantizeLinear, with scales per tensor or per channel."""
-    count = x.channels if builder.opset >= 13 and draw(st.booleans()) else None
-    kind, zero = draw(st.sampled_from(((np.uint8, 128), (np.int8, 0), (np.int8, 7), (np.uint8, 0))))
-    scales = _scales(builder, STEP, count)
-    zeros, axis = np.full(scales.shape, zero, dtype=kind), 1 if count else None
-    y = _quantised(builder, x.name, scales, zeros, axis)
-    return x.to(_dequantised(builder, y, scales, zeros, axis), exact=True)
+    if builder.opset < 13 or x.channels == 1 or draw(st.booleans()):
+        return requantised(builder, draw, x)
+    scales = _scales(builder, STEP, x.channels)
+    zeros = np.full(scales.shape, draw(st.sampled_from((0, 128))), dtype=np.uint8)
+    return x.to(_there_and_back(builder, x.name, scales, zeros, 1))  # no integer layer can read that
+
+
+def requantised(builder: Builder, draw: Any, x: Value) -> Value:
+    """QuantizeLinear and DequantizeLinear with one scale."""
+    kinds = KINDS if builder.opset < 21 else KINDS[:2]  # ONNX Runtime would take int8 for uint8 behind a Slice
+    kind, zero = draw(st.sampled_from(kinds))
+    point = np.asarray(zero, dtype=kind)
+    return x.to(_there_and_back(builder, x.name, np.asarray(STEP), point), exact=True)
 
 
 def quantised_conv(builder: Builder, draw: Any, x: Value) -> Value:
@@ -61,7 +73,7 @@ def quantised_conv(builder: Builder, draw: Any, x: Value) -> Value:
         inputs = [x.name, stored_weight(builder, draw, array), builder.constant(steps * STEP * WEIGHT_STEP)]
         y = builder.node("Conv", inputs, **extra)
         y = builder.node("Relu", [y]) if draw(st.booleans()) else y
-        return through_integers(builder, draw, x.to(y, channels=rows))
+        return requantised(builder, draw, x.to(y, channels=rows))
     point = [builder.constant(STEP), builder.constant(zero, np.uint8)]
     weight = builder.constant(np.clip(np.round(array / WEIGHT_STEP), -127, 127), np.int8)
     inputs = [builder.node("QuantizeLinear", [x.name, *point]), *point]
@@ -91,9 +103,20 @@ def quantised_dense(builder: Builder, draw: Any, x: Value) -> Value:
     array = planted(builder, draw, rows, (x.channels,))
     if draw(st.booleans()):
         y = builder.node("MatMul", [x.name, stored_weight(builder, draw, array.T)])
-        return through_integers(builder, draw, x.to(y, channels=rows))
+        return requantised(builder, draw, x.to(y, channels=rows))
     point = [builder.constant(STEP), builder.constant(128, np.uint8)]
     weight = builder.constant(np.clip(np.round(array.T / WEIGHT_STEP), -127, 127), np.int8)
     inputs = [builder.node("QuantizeLinear", [x.name, *point]), *point]
     inputs += [weight, builder.constant(WEIGHT_STEP), builder.constant(0, np.int8), *point]
-    return x.to(builder.node("DequantizeLinear", [builder.node("QLinearMatMul", inputs), *point]), channels=rows, exact=True)
+    return x.to(
+        builder.node("DequantizeLinear", [builder.node("QLinearMatMul", inputs), *point]), channels=rows, exact=True
+    )
+
+
+def quantised_sum(builder: Builder, draw: Any, x: Value, values: list[Value]) -> Value:
+    """The sum of two quantised values, quantised again."""
+    other = draw(st.sampled_from([value for value in values if value.like(x) and value.exact]))
+    y = builder.node("Add", [x.name, other.name])
+    if draw(st.booleans()):
+        y = builder.node("Relu", [y])
+    return requantised(builder, draw, x.to(y))

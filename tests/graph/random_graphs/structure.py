@@ -21,7 +21,8 @@ def constant_branch(builder: Builder, draw: Any, x: Value) -> Value:
         value = helper.make_tensor("value", TensorProto.FLOAT, [1], [draw(st.sampled_from((0.0, 0.5)))])
         y = builder.node("Mul", [y, builder.node("ConstantOfShape", [builder.ints(1)], value=value)])
     elif form == "conv" and not x.flat:
-        y = builder.node("Conv", [builder.unsqueeze(y, 0), builder.constant(planted_constant(builder, draw, (x.channels, x.channels, 1, 1)))])
+        weight = builder.constant(planted_constant(builder, draw, (x.channels, x.channels, 1, 1)))
+        y = builder.node("Conv", [builder.unsqueeze(y, 0), weight])
     else:
         y = builder.node("Sub", [y, builder.constant(1.0)])
     return x.to(builder.node(draw(st.sampled_from(("Add", "Mul"))), [x.name, y]))
@@ -45,7 +46,8 @@ def chosen(builder: Builder, draw: Any, x: Value) -> Value:
     def branch(op: str) -> onnx.GraphProto:
         name = builder.name("b")
         node = helper.make_node(op, [x.name], [name], name=f"{builder.family}.{op.lower()}{builder.count}")
-        return helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, builder.shape(x))])
+        made = helper.make_tensor_value_info(name, TensorProto.FLOAT, builder.shape(x))
+        return helper.make_graph([node], name, [], [made])
 
     condition = builder.constant(draw(st.booleans()), np.bool_)
     return x.to(builder.node("If", [condition], then_branch=branch("Relu"), else_branch=branch("Neg")))

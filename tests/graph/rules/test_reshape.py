@@ -1,13 +1,14 @@
 """Lines of the family reshape, and shapes of which little is known."""
 
 import numpy as np
+import onnx
 import pytest
 from onnx.helper import make_node as node
 
 from graph.rule_check import Line, check_line, ints, label
 from graph.small import analysis_of, graph, initializer, operators, parse, slim_and_verify, weights
 from prune2deploy.graph.fact import Shape
-from prune2deploy.graph.rules.reshape import blocks
+from prune2deploy.graph.rules.reshape import MOST_POSITIONS, blocks
 
 LINES: list[Line] = [
     ("Flatten", ("x",), {}),
@@ -139,3 +140,30 @@ def test_heads_of_an_attention_with_an_open_length_keep_a_rectangle() -> None:
     slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", "L", 3]}, {"y": ["N", "L", 4]}))
     assert initializer(slimmed.model, "w").shape == (3, 4)
     assert initializer(slimmed.model, "heads").tolist() == [0, -1, 2, 2]
+
+
+def flattened(channels: int, size: int) -> onnx.ModelProto:
+    nodes = [node("Conv", ["x", "w"], ["a"]), node("Flatten", ["a"], ["f"]), node("Relu", ["f"], ["y"])]
+    constants = {"w": weights(channels, 3, 1, 1, zero=(1,))}
+    return graph(nodes, constants, {"x": ["N", 3, size, size]}, {"y": ["N", channels * size**2]})
+
+
+def test_a_map_of_a_hundred_thousand_places_is_flattened() -> None:
+    fact = analysis_of(flattened(2, 224)).known.view.facts["f"]
+    assert fact.shape == (1, 2 * 224**2)
+    assert fact.constant.ravel().tolist() == [False] * 224**2 + [True] * 224**2
+
+
+def test_a_map_of_millions_of_places_is_not_taken_apart() -> None:
+    analysis = analysis_of(flattened(2, 1024))
+    (reason,) = analysis.known.opaque.values()
+    assert reason == "it merges channels with space into 2,097,152 positions, more than 1,048,576"
+    assert analysis.known.view.facts["f"].shape == (1, 1)
+    assert MOST_POSITIONS == 2**20
+
+
+def test_a_large_map_whose_channels_stay_apart_is_no_matter() -> None:
+    nodes = [node("Conv", ["x", "w"], ["a"]), node("Reshape", ["a", "shape"], ["y"])]
+    constants = {"w": weights(2, 3, 1, 1, zero=(1,)), "shape": ints(0, 2, -1)}
+    analysis = analysis_of(graph(nodes, constants, {"x": ["N", 3, 2048, 2048]}, ["y"]))
+    assert analysis.known.view.facts["y"].shape == (1, 2, 1)
