@@ -269,7 +269,7 @@ def _cost(tb: Tables, known: Known, forms: _Forms) -> Cost:
             continue
         name = layer_name(node)
         work = rule.work(node, known.view)
-        if work is not None:
+        if work is not None and work.coefficient is not None:
             factors = [forms.of(work.out, work.out_size)]
             factors += [forms.of(work.into, work.into_size)] if work.into is not None else []
             macs.append(Term(name, work.coefficient, tuple(factors), work.divisor))

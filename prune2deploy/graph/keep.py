@@ -80,12 +80,51 @@ def analyse(tables: Tables, *, round_to: int = 1) -> Analysis:
 def settle(tables: Tables, known: Known, *, round_to: int = 1) -> Analysis:
     """Return the liveness and the kept positions of a graph whose facts are known."""
     forced: set[tuple[int, ...]] = set()
-    while True:  # a reader's input that was left out and then kept for a count's sake comes back: rare, and monotone
-        liveness = live_channels(tables, known, forced)
+    risky: dict[tuple[int, int], np.ndarray] = {}
+    while True:  # what was left out and then kept for a count's sake comes back: rare, and monotone
+        liveness = live_channels(tables, known, forced, risky)
         keep, tripped = kept_channels(tables, known, liveness, round_to=round_to)
-        if tripped <= forced:
+        found = _risky(tables, known, liveness, keep)
+        if tripped <= forced and not found:
             return Analysis(tables, known, liveness, keep, round_to)
         forced |= tripped
+        for key, mask in found.items():
+            risky[key] = mask | risky.get(key, np.zeros_like(mask))
+
+
+SINGULAR: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Acos", "Acosh", "Asin", "Atanh", "Log", "Reciprocal", "Sqrt", "Tan"), (0,)),
+    "Div": (1,),
+    "Mod": (1,),
+    "Pow": (0, 1),
+    "Exp": (0,),
+    "Sinh": (0,),
+    "Cosh": (0,),
+}
+"""Inputs for which not every finite value gives a finite result."""
+
+
+def _risky(tables: Tables, known: Known, liveness: Liveness, keep: Keep) -> dict[tuple[int, int], np.ndarray]:
+    """Return the positions that stay without being live where a value that is free could become infinite or NaN.
+
+    A zero weight does not silence those: the reader's ``0 * inf`` would be NaN. They must be computed as they were.
+    """
+    found = {}
+    for index in liveness.needed:
+        node = tables.nodes[index]
+        for slot in SINGULAR.get(node.op_type, ()) if not node.domain else ():
+            name = node.inputs[slot].name
+            if not node.inputs[slot].is_value or name not in liveness.live:
+                continue
+            live = liveness.live[name]
+            kept = np.ones(live.shape, dtype=bool)
+            for axis, size in enumerate(live.shape):
+                mask = keep.kept.get((name, axis))
+                if mask is not None:
+                    kept &= mask.reshape([size if place == axis else 1 for place in range(live.ndim)])
+            if (kept & ~live).any():
+                found[index, slot] = kept
+    return found
 
 
 def kept_channels(

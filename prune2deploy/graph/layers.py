@@ -71,9 +71,7 @@ def totals(rows: list[LayerRow], when: When) -> Totals:
     )
 
 
-def _row(
-    node: Node, analysis: Analysis, written: Mapping[tuple[int, int], int], gone: Set[int]
-) -> LayerRow | None:
+def _row(node: Node, analysis: Analysis, written: Mapping[tuple[int, int], int], gone: Set[int]) -> LayerRow | None:
     rule = analysis.known.rules[node.index]
     if rule is None or rule.kind not in ("linear", "norm"):
         return None
@@ -137,13 +135,13 @@ def _width(node: Node, work: Work | None, analysis: Analysis) -> tuple[int, int]
     return size, kept_size(Axis(node.outputs[0].name, axis), size, analysis)
 
 
-def _macs(work: Work, out: int, into: int) -> int:
-    return work.coefficient * out * into // work.divisor
+def _macs(work: Work, out: int, into: int) -> int | None:
+    return None if work.coefficient is None else work.coefficient * out * into // work.divisor
 
 
 def macs_after(work: Work | None, analysis: Analysis) -> int | None:
     """Return a layer's MACs with the kept channels."""
-    if work is None:
+    if work is None or work.coefficient is None:
         return None
     out = kept_size(work.out, work.out_size, analysis)
     if work.into is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +35,16 @@ class Liveness:
     constants: frozenset[str]
 
 
-def live_channels(tables: Tables, known: Known, forced: Set[tuple[int, ...]] = frozenset()) -> Liveness:
+def live_channels(
+    tables: Tables,
+    known: Known,
+    forced: Set[tuple[int, ...]] = frozenset(),
+    risky: Mapping[tuple[int, int], np.ndarray] | None = None,
+) -> Liveness:
     """Return which positions can still change an output through a reader that cannot absorb them.
 
-    ``forced`` are (node index, slot) pairs that count as needed even where their reader wants none of their positions.
+    ``forced`` are (node index, slot) pairs that count as needed even where their reader wants none of their positions;
+    ``risky`` are positions that count as live there.
     """
     facts = known.view.facts
     demands: dict[str, list[tuple[int, Demand]]] = {}
@@ -68,6 +74,9 @@ def live_channels(tables: Tables, known: Known, forced: Set[tuple[int, ...]] = f
         for slot in node.value_slots:
             if (node.index, slot) in forced and slot not in wanted:
                 wanted[slot] = Demand(np.zeros(facts[node.inputs[slot].name].shape, dtype=bool))
+            if (node.index, slot) in (risky or {}) and slot in wanted:
+                demand = wanted[slot]
+                wanted[slot] = Demand(demand.live | (risky or {})[node.index, slot], demand.choices)
         needed[node.index] = frozenset(wanted)
         for slot, demand in wanted.items():
             demands.setdefault(node.inputs[slot].name, []).append((node.index, demand))

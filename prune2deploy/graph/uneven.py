@@ -85,7 +85,7 @@ def _uneven(analysis: Analysis) -> dict[int, Work]:
         live = [_live(work.out, work, analysis), _live(work.into, work, analysis)]
         active = (live[0] > 0) | (live[1] > 0)
         if any(len(np.unique(counts[active])) > 1 for counts in live):
-            found[node.index] = work
+            found[node.index] = work if work.coefficient is not None else replace(work, coefficient=1)
     return found
 
 
@@ -131,4 +131,5 @@ def _macs(work: Work, analysis: Analysis) -> int:
 
 
 def _total(analysis: Analysis) -> int:
-    return totals(layer_rows(analysis), "after").macs
+    found = totals(layer_rows(analysis), "after")
+    return found.macs + found.parameters  # MACs may not be known before run time

@@ -86,11 +86,12 @@ class Part:
 class Work:
     """Multiply-adds of a layer: ``coefficient * (width of out) * (width of in) / divisor``.
 
+    ``coefficient`` is None where sizes are not known before run time.
     ``into`` is None where the number of inputs per output does not change (depthwise); the coefficient holds it.
     ``padded``: zero padding can reach an output.
     """
 
-    coefficient: int
+    coefficient: int | None
     out: Axis
     out_size: int
     into: Axis | None

@@ -332,17 +332,14 @@ def _parts(node: Node, linear: Linear, roles: list[tuple[int, int, str]]) -> lis
     return found
 
 
-def _work(node: Node, linear: Linear) -> Work | None:
+def _work(node: Node, linear: Linear) -> Work:
     counted, axis = node.outputs[0].shape, linear.out_axis
     if linear.per_input:
         counted, axis = node.inputs[linear.slot].shape, linear.in_axis
-    if counted is None:
-        return None
-    sizes = [size for place, size in enumerate(counted) if place not in (0, axis)]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    positions = int(np.prod([size for size in sizes if isinstance(size, int)], dtype=np.int64))
-    coefficient = positions * linear.weight.shape[2]
+    sizes = [size for place, size in enumerate(counted or ()) if place not in (0, axis)]
+    known = [size for size in sizes if isinstance(size, int)]
+    whole = counted is not None and len(known) == len(sizes)
+    coefficient = int(np.prod(known, dtype=np.int64)) * linear.weight.shape[2] if whole else None
     out = Axis(node.outputs[0].name, linear.out_axis)
     if linear.depthwise:
         return Work(coefficient, out, len(linear.weight), None, 1, padded=linear.padded)
