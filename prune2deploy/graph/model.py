@@ -34,6 +34,9 @@ RANDOM = frozenset(
 )
 """Operators that give other values each time, constant inputs or not."""
 
+PLACEHOLDERS = frozenset({"", "?", "-1", "none", "unk", "unknown", "dynamic", "any"})
+"""What exporters write for a size of which they know nothing: two such are not one size."""
+
 MIN_OPSET, MAX_OPSET = 9, 23
 
 
@@ -161,6 +164,9 @@ def _imported(model: onnx.ModelProto) -> gs.Graph:
         if tensor.name in outputs and not isinstance(tensor, gs.Constant):
             tensor.shape = outputs[tensor.name]
     graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
+    for tensor in graph.inputs:
+        if tensor.shape is not None:
+            tensor.shape = [None if str(size).lower() in PLACEHOLDERS else size for size in tensor.shape]
     return graph
 
 
@@ -270,6 +276,10 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, Dimensions]:
     stand_in(bare.graph)
     stand_in_group_norms(bare.graph)
     bare.graph.input.extend(model.graph.input)
+    for value in bare.graph.input:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param.lower() in PLACEHOLDERS:
+                dimension.ClearField("dim_param")
     made = {name for node in model.graph.node for name in node.output}
     for value in model.graph.output:
         open_ended = bare.graph.output.add(name=value.name, type=value.type).type

@@ -18,10 +18,12 @@ RTOL = 1e-4
 NOISE_FACTOR = 8.0
 """How many times the reference's own rounding (optimisations on against off) is allowed, by channel."""
 LAST_PLACES = 4.0
-"""Units in the last place of the largest output that are always allowed."""
+"""Units in the last place of the channel's largest output that are always allowed."""
 HUGE = 1e308
 DYNAMIC_SIZES = ((1, 32), (3, 64))
 """What dynamic axes are set to: the first axis, and the others."""
+STEP = 32
+"""By how much the sizes of dynamic axes differ: a multiple that most strides divide."""
 Feeds = dict[str, np.ndarray]
 Contract = tuple[str, tuple[Any, ...]]
 """The type and the shape of an input or output, as ONNX Runtime gives them."""
@@ -114,16 +116,19 @@ def differences(
         twins = [in_float32(graph) for graph in (reference, candidate)]
         sides, computed_in = [_reference(twins[0]), _Side(twins[1], "the candidate")], "float32"
     _same_contract(*sides)
-    cases = list(_cases(sides[0], samples, shapes or {}, seed))
-    expected = [[_reference_run(sides[0], feeds, optimised) for optimised in (False, True)] for _, feeds in cases]
-    scales = _Scales(run for runs in expected for run in runs)
-    results = {name: OutputResult(name, min(scales.largest[name], HUGE)) for name in sides[0].outputs}
-    for (label, feeds), runs in zip(cases, expected, strict=True):
+    cases, expected = _expected(sides[0], samples, shapes or {}, seed)
+    usual = _Scales(run for case, runs in zip(cases, expected, strict=True) if case.label not in _FAR for run in runs)
+    _require_finite(usual, sides[0])
+    results = {name: OutputResult(name, min(usual.largest[name], HUGE)) for name in sides[0].outputs}
+    for case, runs in zip(cases, expected, strict=True):
+        scales = _Scales(runs) if case.label in _FAR else usual
+        label = case.title
         for optimised, want in zip((False, True), runs, strict=True):
-            got = sides[1].run(feeds, optimised=optimised)
+            got = sides[1].run(case.feeds, optimised=optimised)
             for name, result in results.items():
                 flips = sides[0].quantised and not optimised
-                allowed = rtol * scales.of(name, want[name]) + _rounding(runs, name, scales.largest[name], flips=flips)
+                scale = scales.of(name, want[name])
+                allowed = rtol * scale + _rounding(runs, name, scale, flips=flips)
                 _compare(result, want[name], got[name], allowed, label)
     return Verification(list(results.values()), len(cases), rtol, computed_in)
 
@@ -223,30 +228,91 @@ def _agree(want: Contract, got: Contract) -> bool:
     return all(a == b or a is None or b is None for a, b in zip(want[1], got[1], strict=True))
 
 
-def _cases(
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """Inputs to run both graphs on: how they were made, and what they are called in messages."""
+
+    label: str
+    title: str
+    feeds: Feeds
+
+
+def _expected(
     side: _Side, samples: Mapping[str, np.ndarray] | None, shapes: Mapping[str, tuple[int, ...]], seed: int
-) -> Iterator[tuple[str, Feeds]]:
+) -> tuple[list[_Case], list[list[dict[str, np.ndarray]]]]:
+    """Return the cases with the reference's runs, not optimised and optimised.
+
+    Dynamic axes of other names get other sizes, so that none is mistaken for another; where the graph does not run on
+    those (it wants squares, say), they are all equal.
+    """
+    try:
+        cases = list(_cases(side, samples, shapes, seed, apart=True))
+        runs = [[_reference_run(side, case.feeds, optimised) for optimised in (False, True)] for case in cases]
+    except InputError:
+        cases = list(_cases(side, samples, shapes, seed, apart=False))
+        runs = [[_reference_run(side, case.feeds, optimised) for optimised in (False, True)] for case in cases]
+    return cases, runs
+
+
+def _cases(
+    side: _Side,
+    samples: Mapping[str, np.ndarray] | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+    *,
+    apart: bool,
+) -> Iterator[_Case]:
     random = np.random.default_rng(seed)
-    dynamic = any(isinstance(size, str) or size is None for _, shape in side.inputs.values() for size in shape)
+    dynamic = any(not isinstance(size, int) for _, shape in side.inputs.values() for size in shape)
     unknown = [name for name in shapes if name not in side.inputs]
     if unknown:
         raise InputError(f"there is no input '{unknown[0]}'; the inputs are {', '.join(side.inputs)}")
     for batch, size in DYNAMIC_SIZES if dynamic else ((1, 1),):
-        sizes = {name: shapes.get(name) or _concrete(shape, batch, size) for name, (_, shape) in side.inputs.items()}
+        sizes = _Sizes(batch, size, apart=apart)
+        concrete = {name: shapes.get(name) or sizes.of(shape) for name, (_, shape) in side.inputs.items()}
         for label, make in _MAKERS.items():
-            yield (
-                f"{label}, batch {batch}",
-                {name: _typed(make(random, sizes[name]), kind) for name, (kind, _) in side.inputs.items()},
-            )
+            feeds = {name: _typed(make(random, concrete[name]), kind) for name, (kind, _) in side.inputs.items()}
+            yield _Case(label, f"{label}, batch {batch}", feeds)
     if samples is not None:
         missing = [name for name in side.inputs if name not in samples]
         if missing:
             raise InputError(f"the real samples lack the input '{missing[0]}'; give one array per input")
-        yield "real samples", {name: np.ascontiguousarray(samples[name]) for name in side.inputs}
+        feeds = {name: np.ascontiguousarray(samples[name]) for name in side.inputs}
+        yield _Case("real samples", "real samples", feeds)
 
 
-def _concrete(shape: tuple[Any, ...], batch: int, size: int) -> tuple[int, ...]:
-    return tuple(have if isinstance(have, int) else (batch if axis == 0 else size) for axis, have in enumerate(shape))
+class _Sizes:
+    """What dynamic axes are set to: the first axis to the batch; of the others, equal names to equal sizes."""
+
+    def __init__(self, batch: int, size: int, *, apart: bool) -> None:
+        self._batch, self._size, self._step = batch, size, STEP if apart else 0
+        self._named: dict[str, int] = {}
+        self._count = 0
+
+    def of(self, shape: tuple[Any, ...]) -> tuple[int, ...]:
+        """Return the sizes of an input."""
+        return tuple(self._of(axis, have) for axis, have in enumerate(shape))
+
+    def _of(self, axis: int, have: Any) -> int:
+        if isinstance(have, int):
+            return have
+        if have in self._named:
+            return self._named[have]
+        size = self._batch
+        if axis:
+            size, self._count = self._size + self._step * self._count, self._count + 1
+        if isinstance(have, str) and have:
+            self._named[have] = size
+        return size
+
+
+def _require_finite(scales: _Scales, side: _Side) -> None:
+    silent = [name for name in side.outputs if scales.nowhere_finite(name)]
+    if silent:
+        raise InputError(
+            f"output '{silent[0]}' of {side.title} is not a number on any input that was tried, so nothing can be "
+            "proved of it; give the shape that it takes with --input NAME:SHAPE"
+        )
 
 
 def _normal(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -269,7 +335,13 @@ def _flat(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.full(shape, random.uniform(0.5, 1.5))
 
 
-_MAKERS = {"random": _normal, "border-heavy": _bordered, "constant": _flat}
+def _large(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return 100 * random.standard_normal(shape)
+
+
+_MAKERS = {"random": _normal, "border-heavy": _bordered, "constant": _flat, "large": _large}
+_FAR = frozenset({"large"})
+"""Inputs beyond the usual, such as pixels up to 255: each such case is held against its own scale."""
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -283,12 +355,16 @@ _TYPES = {
 }
 
 
+_INTEGERS: dict[type, tuple[int, int]] = {np.int8: (-128, 127), np.uint8: (0, 255)}
+
+
 def _typed(values: np.ndarray, kind: str) -> np.ndarray:
     dtype = _TYPES.get(kind)
     if dtype is None:
         raise InputError(f"inputs of type {kind} cannot be made up; give real samples")
     if np.issubdtype(dtype, np.integer):
-        values = np.clip(np.abs(values) * 50, 0, 100)
+        low, high = _INTEGERS.get(dtype, (0, 100))  # the wider ones are mostly indices
+        values = np.clip(values * 50 if low < 0 else np.abs(values) * 50, low, high)
     return np.asarray((values > 0) if dtype is np.bool_ else values.astype(dtype))
 
 
@@ -298,7 +374,7 @@ def _magnitudes(values: np.ndarray) -> np.ndarray:
 
 def _channel_axes(rank: int) -> tuple[int, ...]:
     """Return the axes that tell channels apart: 1, and the last one too where boxes may lie along axis 1."""
-    return () if rank < 2 else (1, 2) if rank == 3 else (1,)
+    return () if rank < 2 else (1, rank - 1) if rank in (3, 5) else (1,)
 
 
 def _over_others(values: np.ndarray, axis: int) -> np.ndarray:
@@ -312,14 +388,23 @@ class _Scales:
     def __init__(self, runs: Iterable[dict[str, np.ndarray]]) -> None:
         self.largest: dict[str, float] = {}
         self._channels: dict[tuple[str, int, int], np.ndarray] = {}
+        self._elements: set[str] = set()
+        self._finite: dict[str, int] = {}
         for run in runs:
             for name, values in run.items():
+                if values.size and np.issubdtype(values.dtype, np.floating):
+                    self._elements.add(name)
+                    self._finite[name] = self._finite.get(name, 0) + int(np.isfinite(values).sum())
                 magnitudes = _magnitudes(values)
                 self.largest[name] = max(self.largest.get(name, 0.0), float(magnitudes.max(initial=0.0)))
                 for axis in _channel_axes(values.ndim):
                     key = (name, axis, values.shape[axis])
                     found = _over_others(magnitudes, axis)
                     self._channels[key] = np.maximum(self._channels.get(key, 0.0), found)
+
+    def nowhere_finite(self, name: str) -> bool:
+        """Return whether not one element of an output was a finite number in any run."""
+        return name in self._elements and not self._finite.get(name, 0)
 
     def of(self, name: str, values: np.ndarray) -> np.ndarray:
         """Return each element's scale: its channel's; the smaller one where two axes may tell channels apart."""
@@ -329,7 +414,7 @@ class _Scales:
         return scale
 
 
-def _rounding(runs: list[dict[str, np.ndarray]], name: str, largest: float, *, flips: bool) -> np.ndarray:
+def _rounding(runs: list[dict[str, np.ndarray]], name: str, scale: np.ndarray, *, flips: bool) -> np.ndarray:
     """Return what rounding alone may move, by channel: the reference's two runs tell, and a few last places.
 
     ``flips``: floats are rounded to integers on the way, where a last bit may become a whole step anywhere.
@@ -342,7 +427,7 @@ def _rounding(runs: list[dict[str, np.ndarray]], name: str, largest: float, *, f
     noise = np.full((1,) * a.ndim, 0.0 if axes else moved.max(initial=0.0))
     for axis in axes:
         noise = np.maximum(noise, _over_others(moved, axis))
-    return np.asarray(NOISE_FACTOR * noise + LAST_PLACES * epsilon * largest)
+    return np.asarray(NOISE_FACTOR * noise + LAST_PLACES * epsilon * scale)
 
 
 def _compare(result: OutputResult, want: np.ndarray, got: np.ndarray, allowed: np.ndarray, label: str) -> None:

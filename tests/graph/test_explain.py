@@ -9,7 +9,7 @@ from hypothesis import given, note
 from onnx.helper import make_node as node
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
-from graph.random_graphs import models
+from graph.random_graphs import PLAIN, models
 from graph.small import copy_of, graph, run, weights
 from graph.test_property import examples
 from prune2deploy.graph.explain import LayerReasons, explain
@@ -75,7 +75,7 @@ def check_reasons(model: onnx.ModelProto, slimmed: Slimmed, seen: Counter[str]) 
 
 
 @examples(60)
-@given(models())
+@given(models(families=PLAIN))
 def test_what_is_said_of_a_removed_channel_is_true(model: onnx.ModelProto) -> None:
     note("the graph:\n" + onnx.printer.to_text(model))
     check_reasons(model, remove_dead_channels(copy_of(model)), Counter())
@@ -85,7 +85,7 @@ def test_random_graphs_give_every_reason() -> None:
     seen: Counter[str] = Counter()
 
     @examples(200)
-    @given(models())
+    @given(models(families=PLAIN))
     def collect(model: onnx.ModelProto) -> None:
         check_reasons(model, remove_dead_channels(copy_of(model)), seen)
 

@@ -165,9 +165,10 @@ def test_the_layer_table_gives_the_parameters_of_the_slim_graph(model: onnx.Mode
     pad=st.sampled_from((0, 1)),
     kind=st.sampled_from(("Relu", "Sigmoid", "LeakyRelu")),
     biased=st.booleans(),
+    norm=st.sampled_from(("", "BatchNormalization", "InstanceNormalization", "PRelu", "Mul")),
 )
 def test_permuting_the_channels_of_a_chain_gives_the_same_widths(
-    seed: int, widths: list[int], pad: int, kind: str, biased: bool
+    seed: int, widths: list[int], pad: int, kind: str, biased: bool, norm: str
 ) -> None:
     random = np.random.default_rng(seed)
     sizes = [3, *widths, 2]
@@ -178,6 +179,8 @@ def test_permuting_the_channels_of_a_chain_gives_the_same_widths(
         matrix[dead] = 0
         bias[dead & (random.random(len(bias)) < 0.5)] = 0
     orders = [random.permutation(width) for width in widths]
+    columns_of = {"BatchNormalization": 4, "InstanceNormalization": 2, "": 0}
+    constants_of = [random.uniform(0.5, 1.5, (columns_of.get(norm, 1), width)) for width in widths]
     found = []
     for shuffled in (False, True):
         nodes, constants, x = [], {}, "x"
@@ -188,7 +191,15 @@ def test_permuting_the_channels_of_a_chain_gives_the_same_widths(
                 f"w{i}": matrix[rows][:, columns].astype(np.float32),
                 f"b{i}": bias[rows].astype(np.float32),
             }
-            nodes += [node("Conv", [x, f"w{i}", f"b{i}"], [f"a{i}"], pads=[pad] * 4), node(kind, [f"a{i}"], [f"r{i}"])]
+            nodes.append(node("Conv", [x, f"w{i}", f"b{i}"], [f"a{i}"], pads=[pad] * 4))
+            x = f"a{i}"
+            if norm and i < len(widths):
+                form = (-1,) if norm in columns_of else (-1, 1, 1)
+                parts = {f"n{i}_{k}": part[rows].reshape(form) for k, part in enumerate(constants_of[i])}
+                constants |= {name: part.astype(np.float32) for name, part in parts.items()}
+                nodes.append(node(norm, [x, *parts], [f"n{i}"]))
+                x = f"n{i}"
+            nodes.append(node(kind, [x], [f"r{i}"]))
             x = f"r{i}"
         side = 12 + 2 * (pad - 1) * len(matrices)
         model = graph(nodes, constants, {"x": ["N", 3, 12, 12]}, {x: ["N", 2, side, side]})
@@ -251,7 +262,7 @@ def test_rounding_keeps_multiples_and_computes_the_same(model: onnx.ModelProto) 
     grouped = {
         item.name
         for item in slimmed.analysis.tables.nodes
-        if item.attribute("group", 1) > 1 and np.shape(item.constant(1))[1] > 1
+        if item.attribute("group", 1) > 1 and np.shape(item.constant(WEIGHT_SLOTS[item.op_type]))[1] > 1
     }
     for row in slimmed.layers:
         if row.kind == "linear" and row.name not in grouped and row.after:
@@ -296,13 +307,27 @@ NEVER_DRAWN = {
 }
 
 
+MANY_FORMS = {
+    "activation",
+    "arg",
+    "choice",
+    "exact_steps",
+    "integer_layer",
+    "layer_norm",
+    "quantised_dense",
+    "sample",
+    "softmax",
+}
+"""Families with many operators, or with some that need exact values or a new operator set."""
+
+
 @pytest.mark.slow
 def test_every_operator_with_a_rule_is_drawn() -> None:
     counts: Counter[str] = Counter()
     for family in sorted(FAMILIES):
 
-        @settings(examples(400 if family == "activation" else 60), phases=[Phase.generate])
-        @given(models(max_steps=6, families={family, "flatten", "through_integers"}))
+        @settings(examples(700 if family in MANY_FORMS else 60), phases=[Phase.generate])
+        @given(models(max_steps=3, families={family, "flatten", "through_integers"}, opsets=(9, 18, 21, 23)))
         def count(model: onnx.ModelProto) -> None:
             counts.update({item.op_type for item in model.graph.node})
 

@@ -100,7 +100,43 @@ def test_a_not_a_number_where_there_was_a_number_is_caught() -> None:
     ]
     with pytest.raises(VerifyError):
         verify(data(models[0]), data(models[1]))
-    verify(data(models[1]), data(models[1]))
+    with pytest.raises(InputError, match="nothing can be proved"):
+        verify(data(models[1]), data(models[1]))
+
+
+def test_height_and_width_that_change_places_are_caught() -> None:
+    """Both are dynamic: a graph that swaps them gives the same shapes wherever they are equal."""
+    shape, swapped = ["N", 3, "H", "W"], ["N", 3, "A", "B"]
+    models = [
+        graph([node("Transpose", ["x"], ["y"], perm=perm)], {}, {"x": shape}, {"y": swapped})
+        for perm in ([0, 1, 2, 3], [0, 1, 3, 2])
+    ]
+    with pytest.raises(VerifyError):
+        verify(data(models[0]), data(models[1]))
+
+
+def test_a_graph_that_wants_squares_is_verified_on_squares() -> None:
+    nodes = [node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]), node("Add", ["x", "t"], ["y"])]
+    model = graph(nodes, {}, {"x": ["N", 3, "H", "W"]}, {"y": ["N", 3, None, None]})
+    verify(data(model), data(model))
+
+
+@pytest.mark.parametrize("element", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_small_scores_beside_large_boxes_must_be_right(element: int) -> None:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(element)
+    made = []
+    for score in (1.0, 0.9):
+        scale = np.array([900, 900, score], dtype)[:, None, None]
+        made.append(graph([node("Mul", ["x", "s"], ["y"])], {"s": scale}, {"x": IMAGE}, {"y": IMAGE}, element=element))
+    with pytest.raises(VerifyError):
+        verify(data(made[0]), data(made[1]))
+
+
+def test_what_only_large_inputs_show_is_caught() -> None:
+    tops = [np.float32(top) for top in (200, 1000)]
+    models = [graph([node("Clip", ["x", "", "t"], ["y"])], {"t": t}, {"x": IMAGE}, {"y": IMAGE}) for t in tops]
+    with pytest.raises(VerifyError, match="large"):
+        verify(data(models[0]), data(models[1]))
 
 
 def test_outputs_that_are_zero_must_stay_zero() -> None:
@@ -160,11 +196,11 @@ def test_real_samples_are_run_and_must_be_complete() -> None:
 def test_an_error_that_only_real_samples_show_is_caught() -> None:
     bounds = [
         graph([node("Clip", ["x", "", "top"], ["y"])], {"top": np.float32(t)}, {"x": IMAGE}, {"y": IMAGE})
-        for t in (90, 99)
+        for t in (900, 990)
     ]
     verify(data(bounds[0]), data(bounds[1]))
     with pytest.raises(VerifyError, match="real samples"):
-        verify(data(bounds[0]), data(bounds[1]), samples={"x": np.full((1, 3, 6, 6), 95, np.float32)})
+        verify(data(bounds[0]), data(bounds[1]), samples={"x": np.full((1, 3, 6, 6), 950, np.float32)})
 
 
 def test_verify_knows_nothing_of_the_analysis() -> None:

@@ -213,11 +213,15 @@ def models(
     if draw(st.booleans()):  # a last reader that lets most of its input go
         builder.family = "quantised_conv" if values[-1].exact else "conv"
         values.append(MAPS[builder.family](builder, draw, values[-1]))
-    outputs = [values[-1]]
+    last = values[-1]
+    exact = [value for value in values if value.exact]
+    if exact and draw(st.booleans()):  # what came later has no reader
+        last = exact[-1]
+    outputs = [last]
     if "flatten" in families and draw(st.booleans()):
-        outputs = [head(builder, draw, families, values[-1])]
+        outputs = [head(builder, draw, families, last)]
         if draw(st.booleans()):
-            outputs.append(values[-1])
+            outputs.append(last)
     if "arg" in families and outputs[0].exact and draw(st.booleans()):
         builder.family = "arg"
         outputs.append(pooling.arg(builder, draw, outputs[0]))

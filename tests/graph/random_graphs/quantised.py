@@ -21,14 +21,14 @@ def _scales(builder: Builder, step: float, count: int | None) -> np.ndarray:
     return np.asarray(step) if count is None else step * 2.0 ** -builder.random.integers(0, 2, count)
 
 
-def stored_weight(builder: Builder, draw: Any, array: np.ndarray) -> str:
-    """Store a weight in integers behind a DequantizeLinear, with scales per tensor or per output channel."""
-    count = len(array) if builder.opset >= 13 and len(array) > 1 and draw(st.booleans()) else None
+def stored_weight(builder: Builder, draw: Any, array: np.ndarray, axis: int = 0) -> str:
+    """Store a weight in integers behind a DequantizeLinear, with scales per tensor or per output channel (``axis``)."""
+    count = array.shape[axis] if builder.opset >= 13 and array.shape[axis] > 1 and draw(st.booleans()) else None
     scales = _scales(builder, WEIGHT_STEP, count)
-    column = scales.reshape(-1, *(1,) * (array.ndim - 1)) if count else scales
-    integers = builder.constant(np.clip(np.round(array / column), -127, 127), np.int8)
+    column = [-1 if place == axis else 1 for place in range(array.ndim)] if count else ()
+    integers = builder.constant(np.clip(np.round(array / scales.reshape(column)), -127, 127), np.int8)
     zeros = np.zeros(scales.shape, np.int8)
-    return _converted(builder, "DequantizeLinear", integers, scales, zeros, 0 if count else None)
+    return _converted(builder, "DequantizeLinear", integers, scales, zeros, axis if count else None)
 
 
 def _converted(
@@ -102,7 +102,7 @@ def quantised_dense(builder: Builder, draw: Any, x: Value) -> Value:
     rows = draw(st.integers(1, 5))
     array = planted(builder, draw, rows, (x.channels,))
     if draw(st.booleans()):
-        y = builder.node("MatMul", [x.name, stored_weight(builder, draw, array.T)])
+        y = builder.node("MatMul", [x.name, stored_weight(builder, draw, array.T, axis=1)])
         return requantised(builder, draw, x.to(y, channels=rows))
     point = [builder.constant(STEP), builder.constant(128, np.uint8)]
     weight = builder.constant(np.clip(np.round(array.T / WEIGHT_STEP), -127, 127), np.int8)
