@@ -13,7 +13,7 @@ _OTHER_FLOATS = frozenset({onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
 
 def in_float32(graph: Path | bytes) -> bytes:
     """Return the graph with bfloat16 and double replaced by float32 everywhere: weights, inputs, outputs, casts."""
-    model = onnx.load(str(graph)) if isinstance(graph, Path) else onnx.load_from_string(graph)
+    model = onnx.load(str(graph), format="protobuf") if isinstance(graph, Path) else onnx.load_from_string(graph)
     _retype_graph(model.graph)
     for function in model.functions:
         _retype_nodes(function.node)
@@ -48,5 +48,16 @@ def _retype_tensor(tensor: onnx.TensorProto) -> None:
 
 def has_other_floats(graph: Path | bytes) -> bool:
     """Return whether a graph has weights of another type that `in_float32` replaces."""
-    model = onnx.load(str(graph), load_external_data=False) if isinstance(graph, Path) else onnx.load_from_string(graph)
+    model = (
+        onnx.load(str(graph), format="protobuf", load_external_data=False)
+        if isinstance(graph, Path)
+        else onnx.load_from_string(graph)
+    )
     return any(tensor.data_type in _OTHER_FLOATS for tensor in model.graph.initializer)
+
+
+def read_bare(graph: Path | bytes) -> onnx.ModelProto:
+    """Return a model without its external data."""
+    if isinstance(graph, bytes):
+        return onnx.load_from_string(graph)
+    return onnx.load(str(graph), format="protobuf", load_external_data=False)

@@ -19,11 +19,13 @@ from prune2deploy.graph.node import Node, Tables, tables
 from prune2deploy.graph.rules.activation import clip_bounds
 from prune2deploy.graph.rules.base import Axis, Part, Work
 from prune2deploy.graph.rules.norm import UNIT
+from prune2deploy.graph.validity import blaming_the_file
 from prune2deploy.groups import Group, Groups, Layer, Member
 
 COUNTED_ROLES = frozenset({"filter", "bias", "scale", "shift", "reader"})
 
 
+@blaming_the_file
 def find_groups(model: onnx.ModelProto) -> Groups:
     """Return the groups, layers and cost model of a dense graph whose initializers carry parameter names."""
     tb = tables(normalise(model))

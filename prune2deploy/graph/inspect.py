@@ -13,8 +13,10 @@ from prune2deploy.graph.liveness import GRAPH_OUTPUT
 from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import tables
 from prune2deploy.graph.rewrite import opaque_operators
+from prune2deploy.graph.validity import blaming_the_file
 
 
+@blaming_the_file
 def inspect_model(model: onnx.ModelProto) -> dict[str, Any]:
     """Return a graph's layers, totals, opaque operators, and the facts of every value that has channels."""
     analysis = analyse(tables(normalise(model)))

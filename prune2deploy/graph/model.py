@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -56,6 +57,9 @@ def load_model(path: Path) -> onnx.ModelProto:
         ) from error
     if not model.graph.node and not model.graph.input and not model.graph.output:
         raise InputError(f"'{path}' is not an ONNX file: it holds no graph; export it again")
+    names = [value.name for value in model.graph.output]
+    if len(set(names)) < len(names):
+        raise InputError(f"'{path}' gives out two outputs of one name; export it again")
     _check_opset(model, path)
     _load_external(model, path)
     try:
@@ -84,12 +88,17 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
         if not isinstance(location, str):  # protobuf gives bytes where a name is no text
             raise InputError(f"'{path}' wants its weights from a file whose name is no text; export it again")
-        place = (folder / location).resolve()
+        try:
+            place = (folder / location).resolve()
+        except (OSError, ValueError) as error:
+            reason = f"'{path}' wants its weights from a file of an impossible name ({one_line(error, 60)})"
+            raise InputError(f"{reason}; export it again") from error
+        shown = one_line(location, 80)
         if not place.is_relative_to(folder):
-            raise InputError(f"'{path}' wants its weights from '{location}', outside its folder; move them beside it")
-        if not place.is_file():
+            raise InputError(f"'{path}' wants its weights from '{shown}', outside its folder; move them beside it")
+        if not os.path.isfile(place):  # (unlike Path.is_file, no name is too long for it)
             raise InputError(
-                f"'{path}' wants its weights from '{location}', which is not beside it; copy that file there too"
+                f"'{path}' wants its weights from '{shown}', which is not beside it; copy that file there too"
             )
     try:
         onnx.load_external_data_for_model(model, str(folder))
@@ -136,7 +145,14 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     The inputs and outputs keep their names, types and shapes. Works in place: the model's own nodes are changed too.
     """
     if model.functions:
-        model.CopyFrom(onnx.inliner.inline_local_functions(model))
+        own = next((one.name for one in model.functions if one.domain in ("", "ai.onnx")), None)
+        if own is not None:  # runtimes take the operator, onnx's inliner the function
+            raise InputError(f"the graph defines '{own}' of ONNX's own domain anew; export it again")
+        try:
+            model.CopyFrom(onnx.inliner.inline_local_functions(model))
+        except RuntimeError as error:
+            reason = f"its functions cannot be put in their places ({one_line(error, 120)})"
+            raise InputError(f"the graph is not valid: {reason}; export it again") from error
     _lift_constants(model.graph)
     _fill_sparse(model.graph)
     _remove_passing(model.graph)

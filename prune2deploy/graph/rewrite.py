@@ -22,6 +22,7 @@ from prune2deploy.graph.rules.base import Piece, View
 from prune2deploy.graph.shuffle import restore_shuffles
 from prune2deploy.graph.stored import Stored
 from prune2deploy.graph.uneven import GroupChoice, choose_groups
+from prune2deploy.graph.validity import blaming_the_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,7 @@ class Slimmed:
         }
 
 
+@blaming_the_file
 def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimmed:
     """Return the model without every channel that provably does not matter; the given one is brought to normal form.
 

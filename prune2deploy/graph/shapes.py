@@ -103,6 +103,16 @@ def _fix_target(node: gs.Node) -> None:
         node.inputs[1] = gs.Constant(f"{target.name}_of_{node.outputs[0].name}", np.array(copied, dtype=np.int64))
 
 
+_NOT_INFERRED = (
+    onnx.defs.SchemaError,
+    onnx.shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+)
+
+
 def _infer(node: gs.Node, graph: gs.Graph) -> None:
     """Infer the shapes of a node's outputs where they are not known whole, from those of its inputs."""
     if all(_is_whole(tensor) for tensor in node.outputs) or any(isinstance(v, gs.Graph) for v in node.attrs.values()):
@@ -122,7 +132,7 @@ def _infer(node: gs.Node, graph: gs.Graph) -> None:
         }
         opsets = [onnx.helper.make_opsetid("", graph.opset)]
         found = onnx.shape_inference.infer_node_outputs(schema, proto, types, small, opset_imports=opsets)
-    except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, ValueError, TypeError, RuntimeError) as error:
+    except _NOT_INFERRED as error:
         log.debug("the shape of %s is not known: %s", node.name, error)
         return
     for tensor in node.outputs:

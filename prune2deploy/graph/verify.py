@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 
 from prune2deploy.errors import DeviceError, InputError, VerifyError, one_line
-from prune2deploy.graph.float32 import has_other_floats, in_float32
+from prune2deploy.graph.float32 import has_other_floats, in_float32, read_bare
 
 RTOL = 1e-4
 NOISE_FACTOR = 8.0
@@ -22,6 +23,8 @@ LAST_PLACES = 4.0
 HUGE = 1e308
 DYNAMIC_SIZES = ((1, 32), (3, 64))
 """What dynamic axes are set to: the first axis, and the others."""
+MOST_ELEMENTS = 2**30
+"""Of an input that is made up; larger ones are taken for a mistake."""
 STEP = 32
 """By how much the sizes of dynamic axes differ: a multiple that most strides divide."""
 Feeds = dict[str, np.ndarray]
@@ -97,6 +100,19 @@ def verify(
     return found
 
 
+def why_it_does_not_run(graph: bytes) -> str | None:
+    """Return why ONNX Runtime cannot run a graph on made inputs, or None where it can (or is not installed)."""
+    try:
+        _expected(_reference(graph), None, {}, seed=0)
+    except (InputError, VerifyError) as error:
+        return one_line(error, 200)
+    except MemoryError:
+        return "it wants more memory than there is"
+    except (_NoKernelError, DeviceError):
+        return None
+    return None
+
+
 def differences(
     reference: Path | bytes,
     candidate: Path | bytes,
@@ -154,10 +170,7 @@ class _Side:
     @cached_property
     def quantised(self) -> bool:
         """Whether it rounds floats to integers (optimised, that is done by integer kernels, which do not waver)."""
-        graph = self._graph
-        model = (
-            onnx.load(str(graph), load_external_data=False) if isinstance(graph, Path) else onnx.load_from_string(graph)
-        )
+        model = read_bare(self._graph)
         return any("Quantize" in node.op_type or "QLinear" in node.op_type for node in model.graph.node)
 
     def _check(self, graph: Path | bytes) -> None:
@@ -270,6 +283,11 @@ def _cases(
     for batch, size in DYNAMIC_SIZES if dynamic else ((1, 1),):
         sizes = _Sizes(batch, size, apart=apart)
         concrete = {name: shapes.get(name) or sizes.of(shape) for name, (_, shape) in side.inputs.items()}
+        too_large = [name for name, shape in concrete.items() if math.prod(shape) > MOST_ELEMENTS]
+        if too_large:
+            raise InputError(
+                f"input '{too_large[0]}' of shape {list(concrete[too_large[0]])} is too large to be made up"
+            )
         for label, make in _MAKERS.items():
             feeds = {name: _typed(make(random, concrete[name]), kind) for name, (kind, _) in side.inputs.items()}
             yield _Case(label, f"{label}, batch {batch}", feeds)

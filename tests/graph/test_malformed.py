@@ -168,9 +168,13 @@ def function_that_calls_itself(model: onnx.ModelProto) -> None:
     model.functions.append(helper.make_function("own", "Relu", ["i"], ["o"], body, list(model.opset_import)))
 
 
+def test_sparse_weights_are_verified(tmp_path: Path) -> None:
+    assert check(changed(sparse_weights), tmp_path) == "verified"
+
+
 REFUSED = (
     *(shape_that_the_data_does_not_fill, huge_shape, negative_shape, data_cut_in_an_element, two_outputs_of_one_name),
-    *(sparse_weights, norm_of_another_width, norm_of_another_rank, weights_of_integers, linear_layer_turned),
+    *(norm_of_another_width, norm_of_another_rank, weights_of_integers, linear_layer_turned),
     *(
         bias_that_does_not_fit,
         huge_input,

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from onnx.helper import make_node as node
 
-from graph.small import graph, slim_and_verify, weights
+from graph.small import graph, operators, slim_and_verify, weights
 from prune2deploy.graph.rewrite import Slimmed
 
 
@@ -136,3 +136,51 @@ def test_zero_less_an_integer_is_not_that_integer() -> None:
     ]
     constants = {"w": 5 * weights(3, 3, 1, 1), "zeros": np.zeros((3, 1, 1), np.int32)}
     slim_with_reader(nodes, constants, "c", 6)
+
+
+def test_parts_of_an_image_lose_the_same_channels() -> None:
+    """Another reader keeps all channels of x; what is put beside z must lose those that z loses."""
+    nodes = [
+        node("Conv", ["input", "first"], ["x"]),
+        node("Conv", ["input", "second"], ["z"]),
+        node("Concat", ["x", "z"], ["y"], axis=2),
+        node("Conv", ["y", "some"], ["a"]),
+        node("Conv", ["x", "all"], ["b"]),
+    ]
+    some = weights(2, 6, 1, 1, seed=1)
+    some[:, 3:] = 0
+    constants = {"first": weights(6, 3, 1, 1, seed=2), "second": weights(6, 3, 1, 1, seed=3)}
+    constants |= {"some": some, "all": weights(2, 6, 1, 1, seed=4)}
+    slim_and_verify(graph(nodes, constants, {"input": ["N", 3, 4, 4]}, ["a", "b"]))
+
+
+def test_a_channel_that_a_group_keeps_for_its_count_is_kept_before_the_split() -> None:
+    """The second group reads one channel of two, and keeps the other so that both groups have two."""
+    grouped = weights(2, 2, 1, 1, seed=1)
+    grouped[1, 1] = 0
+    nodes = [
+        node("Conv", ["input", "w"], ["x"]),
+        node("Split", ["x"], ["left", "right"], axis=1, num_outputs=2),
+        node("Conv", ["left", "grouped"], ["a"], group=2),
+        node("Conv", ["right", "some"], ["b"]),
+    ]
+    constants = {"w": weights(8, 3, 1, 1), "grouped": grouped, "some": weights(2, 4, 1, 1, seed=2)}
+    constants["some"][:, 1] = 0
+    slimmed = slim_and_verify(graph(nodes, constants, {"input": ["N", 3, 4, 4]}, ["a", "b"]))
+    assert slimmed.removed_channels > 0
+
+
+def test_every_second_channel_is_a_slice_with_a_step() -> None:
+    """All of x stays for another reader; of channels 1 to 5 every second one is read."""
+    nodes = [
+        node("Conv", ["input", "w"], ["x"]),
+        node("Slice", ["x", "one", "six", "one"], ["y"]),
+        node("Conv", ["y", "some"], ["a"]),
+        node("Conv", ["x", "all"], ["b"]),
+    ]
+    some = weights(2, 5, 1, 1, seed=1)
+    some[:, 1::2] = 0
+    constants = {"w": weights(6, 3, 1, 1), "some": some, "all": weights(2, 6, 1, 1, seed=2)}
+    constants |= {"one": np.array([1]), "six": np.array([6])}
+    model = graph(nodes, constants, {"input": ["N", 3, 4, 4]}, ["a", "b"])
+    assert operators(slim_and_verify(model).model) == ["Conv", "Slice", "Conv", "Conv"]

@@ -116,6 +116,8 @@ def linear_rule(read: Reader, write: Writer, roles: Roles) -> Rule:
         shape = node.inputs[linear.slot].shape or ()
         if len(shape) <= linear.in_axis or shape[linear.in_axis] != linear.in_size:
             return "its weights do not fit the inferred size of its input"
+        if not linear.weight.size:
+            return "its weights are empty"
         if not (_finite(linear.weight) and np.isfinite(linear.bias).all()):
             return "its weights are not finite"
         state = state_of(node, view)
