@@ -102,7 +102,7 @@ def _load_external(model: onnx.ModelProto, path: Path) -> None:
             )
     try:
         onnx.load_external_data_for_model(model, str(folder))
-    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
         raise InputError(
             f"the external data of '{path}' cannot be read ({one_line(error, 160)}); export it again"
         ) from error

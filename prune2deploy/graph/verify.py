@@ -162,10 +162,11 @@ class _Side:
         self._check(graph)
         self._sessions = {optimised: self._open(graph, optimised) for optimised in (False, True)}
         session = self._sessions[True]
-        self.inputs: dict[str, Contract] = {item.name: (item.type, tuple(item.shape)) for item in session.get_inputs()}
-        self.outputs: dict[str, Contract] = {
-            item.name: (item.type, tuple(item.shape)) for item in session.get_outputs()
-        }
+        try:
+            self.inputs: dict[str, Contract] = _contract(session.get_inputs())
+            self.outputs: dict[str, Contract] = _contract(session.get_outputs())
+        except UnicodeDecodeError as error:
+            raise VerifyError(f"a name in {self.title} is no text") from error
 
     @cached_property
     def quantised(self) -> bool:
@@ -208,6 +209,10 @@ class _Side:
         except Exception as error:  # as above
             raise VerifyError(f"ONNX Runtime cannot run {self.title}: {one_line(error, 200)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+def _contract(items: Iterable[Any]) -> dict[str, Contract]:
+    return {item.name: (item.type, tuple(item.shape)) for item in items}
 
 
 def _reference(graph: Path | bytes) -> _Side:

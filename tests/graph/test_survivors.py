@@ -184,3 +184,17 @@ def test_every_second_channel_is_a_slice_with_a_step() -> None:
     constants |= {"one": np.array([1]), "six": np.array([6])}
     model = graph(nodes, constants, {"input": ["N", 3, 4, 4]}, ["a", "b"])
     assert operators(slim_and_verify(model).model) == ["Conv", "Slice", "Conv", "Conv"]
+
+
+def test_one_weight_whose_readers_lose_different_channels_becomes_two() -> None:
+    """Both lose one of six channels, so the two new weights have one shape, but not one content."""
+    nodes = [
+        node("Conv", ["input", "first"], ["x"]),
+        node("Conv", ["input", "second"], ["z"]),
+        node("Conv", ["x", "shared"], ["a"]),
+        node("Conv", ["z", "shared"], ["b"]),
+    ]
+    constants = {"first": weights(6, 3, 1, 1, seed=1, zero=(1,)), "second": weights(6, 3, 1, 1, seed=2, zero=(4,))}
+    constants["shared"] = weights(2, 6, 1, 1, seed=3)
+    slimmed = slim_and_verify(graph(nodes, constants, {"input": ["N", 3, 4, 4]}, ["a", "b"]))
+    assert slimmed.removed_channels == 2
