@@ -198,3 +198,10 @@ def test_one_weight_whose_readers_lose_different_channels_becomes_two() -> None:
     constants["shared"] = weights(2, 6, 1, 1, seed=3)
     slimmed = slim_and_verify(graph(nodes, constants, {"input": ["N", 3, 4, 4]}, ["a", "b"]))
     assert slimmed.removed_channels == 2
+
+
+def test_a_sum_of_squares_passes_the_square_of_a_scale() -> None:
+    nodes, constants = two_multiples((1.0, 2.0), 0.0)
+    nodes.append(node("ReduceSumSquare", ["x", "space"], ["y"], keepdims=1))
+    constants["space"] = np.array([2, 3])
+    assert slim_with_reader(nodes, constants, "y", 2).removed_channels == 1
