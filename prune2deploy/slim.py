@@ -122,7 +122,7 @@ class _Changes:
         dropped = apply_drops(model, wanted)
         save_model(dropped.model, self._silenced)
         self._note("measuring what the drops change")
-        changed = differences(self.reference, self._silenced, samples=self._samples, shapes=self._shapes)
+        changed = differences(self.reference, self._silenced, samples=self._samples, shapes=self._shapes, far=False)
         self.reference, self.drops = self._silenced, _drops_section(dropped.channels, changed)
         return dropped.model
 

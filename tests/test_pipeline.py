@@ -128,7 +128,7 @@ def test_slim_computes_what_masked_does_on_real_digits(run: Path) -> None:
     section = report(run)["verify"]
     assert [one["name"] for one in section["outputs"]] == ["output"]
     assert all(one["difference"] <= one["limit"] for one in section["outputs"])
-    assert section["cases"] == 7  # three kinds of made input at two batches, and real samples
+    assert section["cases"] == 9  # four kinds of made input at two batches, and real samples
 
 
 @pytest.mark.parametrize(("graph", "column"), [("dense", "dense"), ("masked", "dense"), ("slim", "pruned")])

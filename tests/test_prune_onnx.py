@@ -233,7 +233,7 @@ def test_norms_are_measured_anew_on_samples_and_on_images(folder: Path, tmp_path
     assert report(tmp_path / "images")["prune"]["data"] == "digits"
     assert report(tmp_path / "samples")["prune"]["samples"] == "samples.npz"
     assert report(tmp_path / "samples")["prune"]["recalibrated_norms"] == 3
-    assert report(tmp_path / "samples")["verify"]["cases"] == 7  # real samples besides three kinds at two batches
+    assert report(tmp_path / "samples")["verify"]["cases"] == 9  # real samples besides four kinds at two batches
 
 
 def test_images_give_the_statistics_that_the_torch_run_gets(folder: Path, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_fixed_batch_is_pruned_and_verified_on_whole_batches_of_samples(tmp_pa
     images = np.random.default_rng(0).standard_normal((6, 3, 6, 6)).astype(np.float32)
     np.savez(tmp_path / "samples.npz", **{"0": images})
     done("prune", source, "--samples", tmp_path / "samples.npz", "-o", tmp_path / "run")
-    assert report(tmp_path / "run")["verify"]["cases"] == 4
+    assert report(tmp_path / "run")["verify"]["cases"] == 5
     np.savez(tmp_path / "few.npz", **{"0": images[:3]})
     refused(p2d("prune", source, "--samples", tmp_path / "few.npz", "-o", tmp_path / "r"), 2, "4 samples", "3 were")
 

@@ -52,7 +52,7 @@ def test_a_whole_run_shows_sizes_accuracy_proof_and_latency(run: Path, sections:
     accuracy = sections["prune"]["accuracy"]
     for stage in ("dense", "pruned", "finetuned"):
         assert f"{100 * accuracy[stage]['top1']:.2f} %" in text
-    assert "proof: masked and slim agree on 7 kinds of input" in text
+    assert "proof: masked and slim agree on 9 kinds of input" in text
     assert sections["bench"]["verdicts"][0]["explanation"] in text
     assert f"{sections['bench']['timings'][1]['median_ms']:.3f} ms" in text
 
