@@ -543,9 +543,9 @@ MUTANTS: list[Mutant] = [
             "    return lambda c, count, share: []\n",
         ),
         (
-            "a power passes the sign of a scale",
+            "a square passes a scale as it is",
             "        scale = np.abs(fact.scale) ** degree\n",
-            "        scale = fact.scale**degree\n",
+            "        scale = np.abs(fact.scale)\n",
         ),
     ),
     *_of(
