@@ -14,8 +14,8 @@ filters   the optimised dense graph with half of the filters of every convolutio
 ``left`` is what the slim graph has more than the cost model of the groups predicts. ``held`` counts, by opaque
 operator, constant channels that its nodes read: they stay since nothing is known of the reader. ``noise``, of rows that
 fail, is how far an ulp in the inputs alone moves the outputs: with random weights some networks amplify rounding
-without bound. Each network runs in a process of its own with a time limit. Rows are written as they come and those that are
-there are skipped.
+without bound. Each network runs in a process of its own with a time limit. Rows are written as they come and those that
+are there are skipped.
 """
 
 import argparse
