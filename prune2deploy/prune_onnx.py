@@ -58,7 +58,7 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
         VerifyError: if the slim graph differs from the masked one.
     """
     from prune2deploy.graph import masking
-    from prune2deploy.graph.model import load_model, save_model
+    from prune2deploy.graph.model import copy_of, load_model, save_model
 
     source = Path(recipe.network)
     method, target = load_method(recipe.method, **recipe.method_options), Target.parse(recipe.target)
@@ -77,7 +77,7 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
         with pipeline.timed(seconds, "selection"):
             note(f"choosing channels by {recipe.method}")
             result = method.plan(masking.weights_of(dense), groups, target, round_to=recipe.round_to)
-        masked = _copy(dense)
+        masked = copy_of(dense)
         warnings = masking.fold_offsets(masked, groups, result.keep, result.offsets) if result.offsets else []
         masking.apply_masks(masked, groups, result.keep)
         section = pipeline.prune_section(recipe, groups, result.keep, target) | _circumstances(recipe, source)
@@ -131,8 +131,9 @@ def _require_possible(recipe: Recipe, method: Method, run: Path) -> None:
 def _groups(dense: onnx.ModelProto, recipe: Recipe, inputs: Mapping[str, Input]) -> Groups:
     """Return the groups; the recipe's shape of a sample stands for what is dynamic, so that MACs can be counted."""
     from prune2deploy.graph.groups import find_groups
+    from prune2deploy.graph.model import copy_of
 
-    sized = _copy(dense)
+    sized = copy_of(dense)
     if recipe.input_shape is not None:
         only = _only_input(inputs, "--input")
         _set_sizes(next(value for value in sized.graph.input if value.name == only), recipe.input_shape)
@@ -220,12 +221,6 @@ def _shapes(recipe: Recipe, inputs: Mapping[str, Input]) -> dict[str, tuple[int,
         return {}
     only = _only_input(inputs, "--input")
     return {only: (inputs[only].dims[0] or 2, *recipe.input_shape)}
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = type(model)()
-    copy.CopyFrom(model)
-    return copy
 
 
 # --- inputs and samples -----------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import pytest
-
 from prune2deploy import cli
 from prune2deploy.latency import compare
 
@@ -132,16 +130,10 @@ def write_small_recipe(folder: Path, *lines: str) -> Path:
     return folder / "recipe.toml"
 
 
-_made: dict[str, Path] = {}
-
-
-def digits_run(folders: pytest.TempPathFactory) -> Path:
-    """Return the whole walk on the digits, made once per test process; no test may change it."""
-    if "digits" not in _made:
-        folder = folders.mktemp("digits")
-        done("run", write_recipe(folder), "-o", folder / "run")
-        _made["digits"] = folder / "run"
-    return _made["digits"]
+def walked(recipe: Path) -> Path:
+    """Walk the whole way by a recipe; return the run, which lies beside it."""
+    done("run", recipe, "-o", recipe.parent / "run")
+    return recipe.parent / "run"
 
 
 def small_network(folder: Path) -> str:
@@ -149,12 +141,3 @@ def small_network(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "net.py").write_text(SMALL_NETWORK)
     return f"{folder / 'net.py'}:small"
-
-
-def small_run(folders: pytest.TempPathFactory) -> Path:
-    """Return the whole walk with the small network, made once per test process; no test may change it."""
-    if "small" not in _made:
-        folder = folders.mktemp("small")
-        done("run", write_small_recipe(folder), "-o", folder / "run")
-        _made["small"] = folder / "run"
-    return _made["small"]

@@ -27,6 +27,28 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole walk on the digits, made once per test process; no test may change it."""
+    from command_line import walked, write_recipe  # which import torch
+
+    return walked(write_recipe(tmp_path_factory.mktemp("digits")))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole walk with the small network, made once per test process; no test may change it."""
+    from command_line import walked, write_small_recipe
+
+    return walked(write_small_recipe(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="session")
+def run(digits_run: Path) -> Path:
+    """The run that tests look at unless their module has another."""
+    return digits_run
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch = sys.modules.get("torch")  # imported by the test modules that need it; importing it takes seconds

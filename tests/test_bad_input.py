@@ -15,18 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from command_line import (
-    ENVIRONMENT,
-    command,
-    digits_run,
-    done,
-    p2d,
-    p2d_process,
-    refused,
-    small_network,
-    small_run,
-    write_recipe,
-)
+from command_line import ENVIRONMENT, command, done, p2d, p2d_process, refused, small_network, write_recipe
 from onnx import numpy_helper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -37,8 +26,8 @@ from prune2deploy.networks import NETWORKS
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run(tmp_path_factory)
+def run(small: Path) -> Path:
+    return small
 
 
 @pytest.fixture
@@ -540,9 +529,9 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_leaves_the_earlier_slim_graph(
-    tiny_disk: Path, run: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_disk: Path, run: Path, tmp_path: Path, digits_run: Path
 ) -> None:
-    large = digits_run(tmp_path_factory) / "masked.onnx"  # 700 KB, of which half remain
+    large = digits_run / "masked.onnx"  # 700 KB, of which half remain
     done("slim", run / "masked.onnx", "-o", tiny_disk / "slim.onnx")
     earlier = contents(tiny_disk)
     refused(p2d("slim", large, "-o", tiny_disk / "slim.onnx"), 2, "slim.onnx", "free some space")
@@ -564,10 +553,8 @@ main()
 """
 
 
-def test_a_file_that_grows_past_the_limit_is_not_left_behind(
-    run: Path, out: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    large = digits_run(tmp_path_factory) / "masked.onnx"
+def test_a_file_that_grows_past_the_limit_is_not_left_behind(run: Path, out: Path, digits_run: Path) -> None:
+    large = digits_run / "masked.onnx"
     done("slim", run / "masked.onnx", "-o", out / "slim.onnx")
     earlier = contents(out)
     words = [*command()[:1], "-c", LIMITED, "65536", "slim", str(large), "-o", str(out / "slim.onnx")]
@@ -623,10 +610,8 @@ MOMENTS = (".slim.onnx.unverified.onnx", "slim.onnx", "slim.json")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_slim_killed_at_any_moment_leaves_whole_files(
-    moment: str, out: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    source = digits_run(tmp_path_factory) / "masked.onnx"
+def test_slim_killed_at_any_moment_leaves_whole_files(moment: str, out: Path, digits_run: Path) -> None:
+    source = digits_run / "masked.onnx"
     killed(("slim", source, "-o", out / "slim.onnx"), out, moment)
     names = require_whole(out)
     assert names <= {"slim.onnx", "slim.json"}
@@ -643,10 +628,7 @@ STAGES = (
 
 
 @pytest.mark.slow
-def test_a_walk_killed_at_every_stage_keeps_whole_files_and_can_be_resumed(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    expected = digits_run(tmp_path_factory)
+def test_a_walk_killed_at_every_stage_keeps_whole_files_and_can_be_resumed(tmp_path: Path, digits_run: Path) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
     kills = 0
     for stage in STAGES:
@@ -657,7 +639,7 @@ def test_a_walk_killed_at_every_stage_keeps_whole_files_and_can_be_resumed(
     done("run", recipe, "-o", run, "--resume")
     assert require_whole(run) >= {"slim.onnx", "report.html", "report.json"}
     for name in ("masks.safetensors", "weights.safetensors", "masked.onnx", "slim.onnx", "slim.json"):
-        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+        assert (run / name).read_bytes() == (digits_run / name).read_bytes(), name
 
 
 @pytest.mark.slow

@@ -11,18 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from command_line import (
-    ENVIRONMENT,
-    ROOT,
-    command,
-    digits_run,
-    done,
-    p2d,
-    p2d_process,
-    refused,
-    small_network,
-    small_run,
-)
+from command_line import ENVIRONMENT, ROOT, command, done, p2d, p2d_process, refused, small_network
 
 from prune2deploy import __version__, cli
 from prune2deploy.backends import BACKENDS
@@ -33,16 +22,6 @@ from prune2deploy.networks import NETWORKS
 GROUP = typer.main.get_command(cli.app)
 COMMANDS: dict[str, Any] = GROUP.commands  # type: ignore[attr-defined]
 WITHOUT_JSON = {"report"}
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return digits_run(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run(tmp_path_factory)
 
 
 def document(outcome: str) -> dict[str, Any]:

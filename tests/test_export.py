@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from command_line import ROOT, SMALL_NETWORK, digits_run, small_run
+from command_line import ROOT, SMALL_NETWORK
 from onnx import numpy_helper
 from torch import nn
 
@@ -131,8 +131,8 @@ def require_anonymous(data: bytes) -> None:
     assert [text for text in traces if text.encode() in data] == []
 
 
-def test_the_shipped_files_tell_nothing_of_the_machine_either(tmp_path_factory: pytest.TempPathFactory) -> None:
-    for run in (digits_run(tmp_path_factory), small_run(tmp_path_factory)):
+def test_the_shipped_files_tell_nothing_of_the_machine_either(digits_run: Path, small: Path) -> None:
+    for run in (digits_run, small):
         for name in ("dense.onnx", "masked.onnx", "slim.onnx", "analysis.onnx", "masks.safetensors"):
             data = (run / name).read_bytes()
             require_anonymous(data)

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from command_line import ENVIRONMENT, digits_run, done, p2d, refused, small_network, small_run, write_small_recipe
+from command_line import ENVIRONMENT, done, p2d, refused, small_network, write_small_recipe
 from onnx import numpy_helper
 
 from prune2deploy.apply import apply_masks, weights_of
@@ -39,16 +39,6 @@ FILES = {
 }
 REPEATED = FILES - {"report.json", "report.html", "log.jsonl", "lock", "samples/bench.json"}
 """Files that the same recipe writes again byte by byte."""
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return digits_run(tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run(tmp_path_factory)
 
 
 @pytest.fixture

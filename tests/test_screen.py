@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import digits_run
 from rich.console import Console, RenderableType
 
 from prune2deploy.findings import Findings
@@ -32,11 +31,6 @@ def shown(renderable: RenderableType, width: int = 200) -> str:
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return digits_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

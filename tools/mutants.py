@@ -688,11 +688,11 @@ MUTANTS: list[Mutant] = [
             "            if known.dtype == array.dtype and np.array_equal(known, array):\n",
             "            if known.dtype == array.dtype and known.shape == array.shape:\n",
         ),
-        (
-            "new names may be taken already",
-            "        while name in self._names:\n",
-            "        while False:\n",
-        ),
+    ),
+    *_of(
+        "names.py",
+        "tests/graph/test_regressions.py",
+        ("new names may be taken already", "    while name in taken:\n", "    while False:\n"),
     ),
 ]
 

@@ -20,7 +20,7 @@ from prune2deploy.graph.bounds.ranges import Ranges, constants, ranges, unchange
 from prune2deploy.graph.bounds.rules import RULES
 from prune2deploy.graph.bounds.step import Step
 from prune2deploy.graph.groupnorm import restore_group_norms
-from prune2deploy.graph.model import RANDOM, normalise
+from prune2deploy.graph.model import RANDOM, copy_of, normalise
 from prune2deploy.graph.node import FLOATS, Node, Operand, Tables, tables
 
 End = float | np.ndarray
@@ -85,8 +85,7 @@ def output_bound(reference: onnx.ModelProto, changed: onnx.ModelProto, input_ran
 
 
 def _tables_of(model: onnx.ModelProto) -> Tables:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copy_of(model)
     graph = normalise(copy)
     restore_group_norms(graph)  # its three nodes have rules; by itself it is in no file
     return tables(graph)

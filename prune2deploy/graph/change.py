@@ -9,6 +9,7 @@ import onnx
 
 from prune2deploy.errors import DeviceError, InputError, one_line
 from prune2deploy.graph.bound import InputRanges
+from prune2deploy.graph.verify import open_session
 
 DYNAMIC = 2
 """The size that open axes get unless a shape is given."""
@@ -37,20 +38,10 @@ def measured_change(
         InputError: if ONNX Runtime cannot run the graphs on such inputs.
         DeviceError: if onnxruntime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise DeviceError(
-            "onnxruntime is not installed, so no change can be measured; pip install 'prune2deploy[cpu]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     largest = {value.name: 0.0 for value in reference.graph.output}
     try:
         sessions = [
-            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            open_session(model.SerializeToString(), optimised=False, cannot="no change can be measured")
             for model in (reference, changed)
         ]
         for feeds in _inputs(sessions[0].get_inputs(), input_ranges, shapes or {}, np.random.default_rng(seed)):
@@ -58,7 +49,7 @@ def measured_change(
             for name, want, got in zip(largest, *runs, strict=True):
                 moved = np.abs(np.asarray(got, dtype=np.float64) - np.asarray(want, dtype=np.float64))
                 largest[name] = max(largest[name], float(moved.max(initial=0.0)))
-    except InputError:
+    except (DeviceError, InputError):
         raise
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise InputError(

@@ -19,7 +19,7 @@ from prune2deploy.files import require_file
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.indexed import nearest, require_channels, silence_by_name
 from prune2deploy.graph.masking import apply_masks, separate_layers, weights_of
-from prune2deploy.graph.model import normalise, to_model
+from prune2deploy.graph.model import copy_of, normalise, to_model
 from prune2deploy.groups import Group, Groups, Member
 from prune2deploy.masks import load_masks
 
@@ -243,6 +243,4 @@ def _grouped(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Groups]:
     """Return the model in normal form, no vector shared between layers, with its groups."""
     own = to_model(normalise(model), model)
     separate_layers(own)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(own)
-    return own, find_groups(copy)
+    return own, find_groups(copy_of(own))

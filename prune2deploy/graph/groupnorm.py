@@ -15,8 +15,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from prune2deploy.graph.names import fresh
 from prune2deploy.graph.rules.norm import BY_GROUP
-from prune2deploy.graph.triples import Chain, Return, Targets, Triple, chains, fresh, put_back, replace, shape_of
+from prune2deploy.graph.triples import Chain, Return, Targets, Triple, chains, put_back, replace, shape_of
 
 GROUP_AXES = 3
 """The axes of a value that is split into groups: batch, groups, everything else."""

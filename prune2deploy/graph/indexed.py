@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from prune2deploy.errors import InputError
 from prune2deploy.graph.facts import Known, channel_facts
 from prune2deploy.graph.model import redirect
+from prune2deploy.graph.names import fresh
 from prune2deploy.graph.node import Node, Operand, Tables, tables
 from prune2deploy.graph.rules.base import Axis, Part
 
@@ -194,7 +195,7 @@ def _write_constants(nodes: list[gs.Node], arrays: Mapping[tuple[int, int], np.n
         versions = made.setdefault(old.name, [])
         same = next((one for one in versions if np.array_equal(one.values, array)), None)
         if same is None:
-            same = gs.Constant(_fresh(f"{old.name}_dropped", names), array)
+            same = gs.Constant(fresh(f"{old.name}_dropped", names), array)
             versions.append(same)
         nodes[index].inputs[slot] = same
     for name, old in replaced.items():
@@ -203,17 +204,9 @@ def _write_constants(nodes: list[gs.Node], arrays: Mapping[tuple[int, int], np.n
 
 
 def _insert_factor(graph: gs.Graph, value: gs.Tensor, factor: np.ndarray, names: set[str]) -> None:
-    product = gs.Variable(_fresh(f"{value.name}_dropped", names), dtype=value.dtype, shape=value.shape)
+    product = gs.Variable(fresh(f"{value.name}_dropped", names), dtype=value.dtype, shape=value.shape)
     redirect(value, product)
-    constant = gs.Constant(_fresh(f"{product.name}_factor", names), factor)
+    constant = gs.Constant(fresh(f"{product.name}_factor", names), factor)
     node = gs.Node("Mul", product.name, {}, [value, constant], [product])
     place = next((index + 1 for index, one in enumerate(graph.nodes) if any(one is maker for maker in value.inputs)), 0)
     graph.nodes.insert(place, node)
-
-
-def _fresh(wanted: str, names: set[str]) -> str:
-    name, number = wanted, 1
-    while name in names:
-        name, number = f"{wanted}_{number}", number + 1
-    names.add(name)
-    return name

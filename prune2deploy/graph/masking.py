@@ -9,6 +9,7 @@ import onnx
 from onnx import numpy_helper
 
 from prune2deploy.errors import InputError
+from prune2deploy.graph.names import fresh
 from prune2deploy.groups import Groups
 from prune2deploy.masks import Masks
 from prune2deploy.silence import folded_means, silenced
@@ -94,7 +95,7 @@ def separate_layers(model: onnx.ModelProto) -> None:
         first = OTHERS if OTHERS in users else next(iter(users))
         for user in users:
             if user != first:
-                users[user] = _fresh(name, taken)
+                users[user] = fresh(name, taken)
                 copy = model.graph.initializer.add()
                 copy.CopyFrom(tensors[name])
                 copy.name = users[user]
@@ -130,14 +131,6 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield inner
             for child in inner.node:
                 yield from _subgraphs(child)
-
-
-def _fresh(wanted: str, names: set[str]) -> str:
-    number = 1
-    while f"{wanted}_{number}" in names:
-        number += 1
-    names.add(f"{wanted}_{number}")
-    return f"{wanted}_{number}"
 
 
 def _array(tensors: Mapping[str, onnx.TensorProto], name: str) -> np.ndarray:

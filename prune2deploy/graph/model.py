@@ -114,7 +114,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
         data = model.SerializeToString(deterministic=True)
         write_with(path, lambda temporary: temporary.write_bytes(data))
         return
-    model = _copy(model)  # saving with external data takes the weights out of the model
+    model = copy_of(model)  # saving with external data takes the weights out of the model
     weights = path.with_name(path.name + ".data")
     temporary_weights = path.with_name(f".{path.name}.data.part")
 
@@ -132,7 +132,8 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     write_with(path, write)
 
 
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a model, its weights included."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     return copy

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prune2deploy.errors import DeviceError, InputError, one_line
 from prune2deploy.graph.masking import separate_layers, write
-from prune2deploy.graph.model import infer_shapes, save_model
+from prune2deploy.graph.model import copy_of, infer_shapes, save_model
+from prune2deploy.graph.verify import open_session
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -82,8 +83,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any = 0) -> Any:
 
 def _written_out(model: onnx.ModelProto, norms: list[onnx.NodeProto]) -> onnx.ModelProto:
     """Return a copy that takes any batch, whose outputs are each norm's mean, variance and count."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copy_of(model)
     infer_shapes(copy)
     kinds = {
         value.name: (len(value.type.tensor_type.shape.dim), value.type.tensor_type.elem_type)
@@ -247,19 +247,13 @@ def _measure(graph: onnx.ModelProto, count: int, batches: Iterable[Feeds]) -> li
 
 
 def _open(graph: onnx.ModelProto) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise DeviceError(
-            "onnxruntime is not installed, so norms cannot be measured; pip install 'prune2deploy[cpu]'"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "norms.onnx"  # as a file, since weights above 2 GB fit into no single message
         save_model(graph, path)
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return open_session(path, optimised=True, cannot="norms cannot be measured", threads=0)
+        except DeviceError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise InputError(f"the norms cannot be measured: ONNX Runtime says {one_line(error, 200)}") from error
 

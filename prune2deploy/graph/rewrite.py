@@ -17,6 +17,7 @@ from prune2deploy.graph.groupnorm import restore_group_norms
 from prune2deploy.graph.keep import Analysis, analyse
 from prune2deploy.graph.layers import LayerRow, layer_rows, totals
 from prune2deploy.graph.model import all_inputs, fold_constants, normalise, redirect, remove_dead_nodes, to_model
+from prune2deploy.graph.names import fresh
 from prune2deploy.graph.node import Node, Operand, tables
 from prune2deploy.graph.rules.base import Piece, View
 from prune2deploy.graph.shuffle import restore_shuffles
@@ -227,19 +228,11 @@ class _Writer:
 
     def fresh(self, wanted: str) -> str:
         """Return a tensor name that is not in use."""
-        name, number = wanted, 1
-        while name in self._names:
-            name, number = f"{wanted}_{number}", number + 1
-        self._names.add(name)
-        return name
+        return fresh(wanted, self._names)
 
     def fresh_node(self, wanted: str) -> str:
         """Return a node name that is not in use."""
-        name, number = wanted, 1
-        while name in self._node_names:
-            name, number = f"{wanted}_{number}", number + 1
-        self._node_names.add(name)
-        return name
+        return fresh(wanted, self._node_names)
 
     def constant(self, wanted: str, array: np.ndarray) -> gs.Constant:
         """Return a constant with this array, one object for equal arrays that come from the same constant."""

@@ -15,6 +15,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from prune2deploy.graph.names import fresh
+
 log = logging.getLogger(__name__)
 
 
@@ -271,10 +273,7 @@ class Sizes:
 
     def fresh(self, wanted: str) -> str:
         """Return a tensor name that is not in use."""
-        while wanted in self._names:
-            wanted += "_"
-        self._names.add(wanted)
-        return wanted
+        return fresh(wanted, self._names)
 
     def vector(self, shape: Sequence[int | str]) -> gs.Tensor:
         """Return these sizes as one vector."""

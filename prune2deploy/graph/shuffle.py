@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from prune2deploy.graph.names import fresh
 from prune2deploy.graph.rules.reshape import blocks
 from prune2deploy.graph.rules.select import SHUFFLE
-from prune2deploy.graph.triples import Chain, Return, Targets, Triple, chains, fresh, put_back, replace, shape_of
+from prune2deploy.graph.triples import Chain, Return, Targets, Triple, chains, put_back, replace, shape_of
 
 
 @dataclass(frozen=True, eq=False)

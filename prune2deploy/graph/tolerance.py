@@ -15,7 +15,7 @@ import onnx
 
 from prune2deploy.errors import InputError
 from prune2deploy.graph.layers import layer_name
-from prune2deploy.graph.model import normalise, to_model
+from prune2deploy.graph.model import copy_of, normalise, to_model
 from prune2deploy.graph.node import FLOATS, Node, tables
 
 
@@ -75,8 +75,7 @@ def zero_near_dead(model: onnx.ModelProto, eps: float) -> Zeroed:
         raise InputError(
             f"--tolerance is a share of a layer's largest weight, between 0 and 1, not {eps:g}; give for example 1e-12"
         )
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copy_of(model)
     graph = normalise(copy)
     before: dict[str, np.ndarray] = {}
     layers = []

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from prune2deploy.graph.fact import Shape
+from prune2deploy.graph.names import fresh
 
 Chain = tuple[gs.Node, gs.Node, gs.Node]
 
@@ -200,12 +201,3 @@ def shape_of(tensor: gs.Tensor) -> Shape | None:
         (size or None) if isinstance(size, str) else None if size is None or int(size) < 0 else int(size)
         for size in tensor.shape
     )
-
-
-def fresh(wanted: str, names: set[str]) -> str:
-    """Return a name that is not in use, and take it."""
-    name, number = wanted, 1
-    while name in names:
-        name, number = f"{wanted}_{number}", number + 1
-    names.add(name)
-    return name

@@ -158,6 +158,27 @@ class _NoKernelError(Exception):
     """ONNX Runtime has no kernel for an operator in the graph's own type (double and bfloat16 convolutions)."""
 
 
+def open_session(graph: Path | bytes, *, optimised: bool, cannot: str, threads: int = 1) -> Any:
+    """Return an ONNX Runtime session on the CPU; ``cannot`` says what is impossible without the runtime.
+
+    Raises:
+        DeviceError: if onnxruntime is not installed.
+        Exception: of ONNX Runtime's own, where it refuses the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        message = f"onnxruntime is not installed, so {cannot}; pip install 'prune2deploy[cpu]'"
+        raise DeviceError(message) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it logs as an error it also raises
+    options.intra_op_num_threads = threads
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    source = str(graph) if isinstance(graph, Path) else graph
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
 class _Side:
     """One graph with its two ONNX Runtime sessions."""
 
@@ -190,18 +211,9 @@ class _Side:
 
     def _open(self, graph: Path | bytes, optimised: bool) -> Any:
         try:
-            import onnxruntime
-        except ImportError as error:
-            message = "onnxruntime is not installed, so nothing can be verified; pip install 'prune2deploy[cpu]'"
-            raise DeviceError(message) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        levels = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-        source = str(graph) if isinstance(graph, Path) else graph
-        try:
-            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            return open_session(graph, optimised=optimised, cannot="nothing can be verified")
+        except DeviceError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             if "NOT_IMPLEMENTED" in str(error) and has_other_floats(graph):
                 raise _NoKernelError from error

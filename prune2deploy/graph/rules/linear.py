@@ -112,7 +112,8 @@ def write_conv_transpose(node: Node, edit: Edit, weight: np.ndarray, bias: np.nd
     edit.set_attribute("group", groups)
 
 
-def _transposed_roles(node: Node) -> list[tuple[int, int, str]]:
+def transposed_roles(node: Node) -> list[tuple[int, int, str]]:
+    """Return (slot, axis, role) for the axes of the constants of a transposed convolution."""
     depthwise = 1 < int(node.attribute("group", 1)) == len(_old(node, 1))
     channels = [(1, 0, "filter")] if depthwise else [(1, 0, "reader"), (1, 1, "filter")]
     return [*channels, (2, 0, "bias")]
@@ -157,7 +158,8 @@ def write_gemm(node: Node, edit: Edit, weight: np.ndarray, bias: np.ndarray, gro
         edit.set_attribute("beta", 1.0)
 
 
-def _gemm_roles(node: Node) -> list[tuple[int, int, str]]:
+def gemm_roles(node: Node) -> list[tuple[int, int, str]]:
+    """Return (slot, axis, role) for the axes of the constants of a Gemm."""
     slot = 0 if node.inputs[0].is_value else 1
     turned = bool(node.attribute("transB" if slot == 0 else "transA", 0))
     rows = 0 if turned != (slot == 1) else 1
@@ -217,7 +219,8 @@ def write_matmul(node: Node, edit: Edit, weight: np.ndarray, bias: np.ndarray, g
         edit.after("Add", {}, new if along_last else new[:, None])
 
 
-def _matmul_roles(node: Node) -> list[tuple[int, int, str]]:
+def matmul_roles(node: Node) -> list[tuple[int, int, str]]:
+    """Return (slot, axis, role) for the axes of the constants of a MatMul with a constant."""
     slot = 0 if node.inputs[0].is_value else 1
     last = _old(node, 1 - slot).ndim - 1
     if last == 0:
@@ -228,12 +231,13 @@ def _matmul_roles(node: Node) -> list[tuple[int, int, str]]:
     ]
 
 
-def _conv_roles(node: Node) -> list[tuple[int, int, str]]:
+def conv_roles(node: Node) -> list[tuple[int, int, str]]:
+    """Return (slot, axis, role) for the axes of the constants of a convolution."""
     depthwise = int(node.attribute("group", 1)) > 1 and _old(node, 1).shape[1] == 1
     return [(1, 0, "filter"), *([] if depthwise else [(1, 1, "reader")]), (2, 0, "bias")]
 
 
-CONV = linear_rule(read_conv, write_conv, _conv_roles)
-CONV_TRANSPOSE = linear_rule(read_conv_transpose, write_conv_transpose, _transposed_roles)
-GEMM = linear_rule(read_gemm, write_gemm, _gemm_roles)
-MATMUL = linear_rule(read_matmul, write_matmul, _matmul_roles)
+CONV = linear_rule(read_conv, write_conv, conv_roles)
+CONV_TRANSPOSE = linear_rule(read_conv_transpose, write_conv_transpose, transposed_roles)
+GEMM = linear_rule(read_gemm, write_gemm, gemm_roles)
+MATMUL = linear_rule(read_matmul, write_matmul, matmul_roles)

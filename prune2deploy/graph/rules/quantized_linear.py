@@ -75,10 +75,10 @@ class Form:
 
 
 FORMS = {
-    "Conv": Form(linear.read_conv, linear.write_conv, linear._conv_roles),
-    "ConvTranspose": Form(linear.read_conv_transpose, linear.write_conv_transpose, linear._transposed_roles),
-    "Gemm": Form(linear.read_gemm, linear.write_gemm, linear._gemm_roles),
-    "MatMul": Form(linear.read_matmul, linear.write_matmul, linear._matmul_roles),
+    "Conv": Form(linear.read_conv, linear.write_conv, linear.conv_roles),
+    "ConvTranspose": Form(linear.read_conv_transpose, linear.write_conv_transpose, linear.transposed_roles),
+    "Gemm": Form(linear.read_gemm, linear.write_gemm, linear.gemm_roles),
+    "MatMul": Form(linear.read_matmul, linear.write_matmul, linear.matmul_roles),
 }
 
 
