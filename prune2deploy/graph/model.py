@@ -18,9 +18,11 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import publish, require_file, write_with
 from prune2deploy.graph.groupnorm import fuse_group_norms, restore_group_norms, settle_casts, stand_in_group_norms
+from prune2deploy.graph.open_sizes import name_sizes
 from prune2deploy.graph.shapes import fold_shapes
 from prune2deploy.graph.shuffle import fuse_shuffles, restore_shuffles
 from prune2deploy.graph.stored import absorb_transposes, feeds_quantised
+from prune2deploy.graph.windows import join_windows, part_windows
 
 log = logging.getLogger(__name__)
 
@@ -163,11 +165,15 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
         fold_constants(graph)
         fold_shapes(graph)
         remove_dead_nodes(graph)
-        graph = _imported(_exported(graph, model))  # more shapes are known by now
+        again = _exported(graph, model)
+        _remove_passing(again.graph)
+        graph = _imported(again)  # more shapes are known by now
     absorb_transposes(graph)
     fold_constants(graph)
     remove_dead_nodes(graph)
     sort_nodes(graph)
+    name_sizes(graph)
+    part_windows(graph)
     fuse_shuffles(graph)
     fuse_group_norms(graph)
     return graph
@@ -520,6 +526,7 @@ def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
     restore_group_norms(graph)
     restore_shuffles(graph)
+    join_windows(graph)
     model = _exported(graph, like)
     del model.graph.value_info[:]
     del model.opset_import[:]

@@ -24,6 +24,7 @@ from prune2deploy.graph.shuffle import restore_shuffles
 from prune2deploy.graph.stored import Stored
 from prune2deploy.graph.uneven import GroupChoice, choose_groups
 from prune2deploy.graph.validity import blaming_the_file
+from prune2deploy.graph.windows import join_windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +169,7 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> _Writer:
     writer.place_nodes()
     restore_group_norms(graph)
     restore_shuffles(graph)
+    join_windows(graph)
     write_constants(graph, analysis)
     remove_dead_nodes(graph)
     if analysis.liveness.constants:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ MOST_ELEMENTS = 2**30
 STEP = 32
 """By how much the sizes of dynamic axes differ: a multiple that most strides divide."""
 Feeds = dict[str, np.ndarray]
-Contract = tuple[str, tuple[Any, ...]]
-"""The type and the shape of an input or output, as ONNX Runtime gives them."""
+Contract = tuple[str, tuple[Any, ...] | None]
+"""The type of an input or output, and its shape where one is given."""
 
 
 @dataclass
@@ -183,22 +182,22 @@ class _Side:
     """One graph with its two ONNX Runtime sessions."""
 
     def __init__(self, graph: Path | bytes, title: str) -> None:
-        self._graph = graph
         self.title = f"'{graph}'" if isinstance(graph, Path) else title
         self._check(graph)
         self._sessions = {optimised: self._open(graph, optimised) for optimised in (False, True)}
-        session = self._sessions[True]
+        session, model = self._sessions[True], read_bare(graph)
+        self.quantised = any("Quantize" in node.op_type or "QLinear" in node.op_type for node in model.graph.node)
+        """Whether it rounds floats to integers (optimised, that is done by integer kernels, which do not waver)."""
         try:
-            self.inputs: dict[str, Contract] = _contract(session.get_inputs())
-            self.outputs: dict[str, Contract] = _contract(session.get_outputs())
+            self.inputs: dict[str, tuple[str, tuple[Any, ...]]] = {
+                item.name: (item.type, tuple(item.shape)) for item in session.get_inputs()
+            }
+            self.outputs: dict[str, Contract] = {
+                item.name: (item.type, _declared(value))
+                for item, value in zip(session.get_outputs(), model.graph.output, strict=True)
+            }
         except UnicodeDecodeError as error:
             raise VerifyError(f"a name in {self.title} is no text") from error
-
-    @cached_property
-    def quantised(self) -> bool:
-        """Whether it rounds floats to integers (optimised, that is done by integer kernels, which do not waver)."""
-        model = read_bare(self._graph)
-        return any("Quantize" in node.op_type or "QLinear" in node.op_type for node in model.graph.node)
 
     def _check(self, graph: Path | bytes) -> None:
         try:
@@ -228,8 +227,12 @@ class _Side:
         return dict(zip(self.outputs, values, strict=True))
 
 
-def _contract(items: Iterable[Any]) -> dict[str, Contract]:
-    return {item.name: (item.type, tuple(item.shape)) for item in items}
+def _declared(value: onnx.ValueInfoProto) -> tuple[int | str | None, ...] | None:
+    """Return an output's shape as the file gives it (ONNX Runtime puts what it infers in the place of names)."""
+    if not value.type.tensor_type.HasField("shape"):
+        return None
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims)
 
 
 def _reference(graph: Path | bytes) -> _Side:
@@ -258,9 +261,11 @@ def _same_contract(reference: _Side, candidate: _Side) -> None:
 
 def _agree(want: Contract, got: Contract) -> bool:
     """Whether two declared types are the same; a size of which nothing is said may be known in the other graph."""
-    if want[0] != got[0] or len(want[1]) != len(got[1]):
-        return False
-    return all(a == b or a is None or b is None for a, b in zip(want[1], got[1], strict=True))
+    if want[0] != got[0] or want[1] is None or got[1] is None:
+        return want[0] == got[0]
+    return len(want[1]) == len(got[1]) and all(
+        a == b or a is None or b is None for a, b in zip(want[1], got[1], strict=True)
+    )
 
 
 @dataclass(frozen=True, eq=False)
