@@ -270,7 +270,7 @@ def slim(
     """
     from rich.console import Group
 
-    from prune2deploy.screen import reasons_tree, slim_summary
+    from prune2deploy.screen import proof_lines, reasons_tree, slim_summary
     from prune2deploy.slim import Options, reasons, slim_file, slim_section
 
     ends = _numbers("--range", range_) or (-3.0, 3.0)
@@ -280,8 +280,8 @@ def slim(
     with _live() as live:
         slimmed = slim_file(model, target, options, shapes=_shapes(input_), note=live.note)
     section = slim_section(model, target, slimmed)
-    document: dict[str, Any] = {"slim": section}
-    parts = [slim_summary(section, target)]
+    document: dict[str, Any] = {"slim": section | {"verify": slimmed.proof}}
+    parts = [slim_summary(section, target), proof_lines(document["slim"]["verify"], "before and after")]
     if explain:
         document["explain"] = reasons(model, slimmed)
         parts.append(reasons_tree(document["explain"]))
@@ -300,9 +300,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check that two ONNX files compute the same; exit with 3 if they do not."""
+    from rich.console import Group
+
     from prune2deploy.graph.model import load_model
     from prune2deploy.graph.verify import verify as compare
-    from prune2deploy.screen import plain_table
+    from prune2deploy.screen import plain_table, proof_lines
 
     for path in (reference, candidate):
         load_model(path)
@@ -311,8 +313,7 @@ def verify(
         found = compare(reference, candidate, rtol=rtol, seed=seed, shapes=_shapes(input_))
     rows = [(one.name, f"{one.difference:.2e}", f"{one.limit:.2e}", one.where) for one in found.outputs]
     shown = plain_table(("output", "difference", "limit", "worst on"), rows)
-    _emit({"verify": found.to_json()}, shown, as_json=as_json)
-    _say(f"the two agree on {found.cases} kinds of input", as_json=as_json)
+    _emit({"verify": found.to_json()}, Group(shown, proof_lines(found.to_json(), "the two")), as_json=as_json)
 
 
 @app.command()

@@ -82,6 +82,19 @@ def within_limit(output: Mapping[str, Any]) -> bool:
     return difference is not None and limit is not None and bool(difference <= limit)
 
 
+def caveats(verify: Mapping[str, Any]) -> list[str]:
+    """Return what the section ``verify`` does not prove, or only with a reservation, in sentences."""
+    texts = [f"'{name}' is nowhere a number: nothing is proved of it" for name in verify.get("not_numbers") or []]
+    if verify.get("computed_in"):
+        texts.append(f"ONNX Runtime has no kernels of the graphs' own type: both were run in {verify['computed_in']}")
+    if verify.get("ill_conditioned"):
+        texts.append(
+            "a last place more or less in the weights moves the outputs as much as the two graphs differ, on inputs "
+            f"{'; '.join(verify['ill_conditioned'])}"
+        )
+    return texts
+
+
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Return the ends of the 95 % score interval of a share of ``count`` (Wilson, JASA 22, 1927)."""
     center = share + Z_95**2 / (2 * count)

@@ -10,7 +10,7 @@ from typing import Any
 from prune2deploy import figures
 from prune2deploy.figures import Figure
 from prune2deploy.files import write_bytes
-from prune2deploy.findings import Findings, wilson_interval, within_limit
+from prune2deploy.findings import Findings, caveats, wilson_interval, within_limit
 from prune2deploy.markup import Html, bytes_text, count_text, ms_text, percent_text, share_text, table, tag
 
 _RESULT = "This is a result, not a success."
@@ -293,6 +293,7 @@ def _proof(found: Findings) -> Html | None:
         cases = f"Compared on {verify.get('cases')} inputs, relative tolerance {_small(verify.get('rtol'))}."
         parts.append(tag("p", cases, class_="soft small"))
         parts.append(table(["output", "largest difference", "limit", "within"], rows))
+        parts += [tag("p", f"Note: {caveat}.", class_="soft small") for caveat in caveats(verify)]
     opaque = ", ".join(f"{name} ({count})" for name, count in sorted((slim.get("opaque") or {}).items()))
     if slim:
         removed = slim.get("removed_channels")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from prune2deploy.findings import Findings
+from prune2deploy.findings import Findings, caveats
 
 
 class Live:
@@ -57,22 +57,23 @@ def run_summary(run: Path) -> RenderableType:
     """Return what a run reached: sizes, accuracy, proof and latency, and loudly what is no success."""
     found = Findings(run)
     parts: list[RenderableType] = [_sizes(found)]
-    verify = found.section("verify")
-    if verify:
-        worst = max(verify["outputs"], key=lambda one: one["relative"], default=None)
-        if worst is not None:
-            parts.append(
-                Text(
-                    f"proof: masked and slim agree on {verify['cases']} kinds of input; largest difference "
-                    f"{worst['difference']:.1e} (limit {worst['limit']:.1e})"
-                )
-            )
+    if found.section("verify"):
+        parts.append(proof_lines(found.section("verify"), "masked and slim"))
     verdict = found.verdict
     if verdict:
         parts.append(Text(f"latency: {verdict['explanation']}"))
     parts += [warning(text) for text in loud(found)]
     parts += [Text(f"note: {text}", style="yellow") for text in _warnings(found)]
     return Group(*parts)
+
+
+def proof_lines(verify: Mapping[str, Any], graphs: str) -> RenderableType:
+    """Return how well two graphs agree (of the section ``verify``), and what that does not prove."""
+    worst = max(verify["outputs"], key=lambda one: one["relative"], default=None)
+    text = f"proof: {graphs} agree on {verify['cases']} kinds of input"
+    if worst is not None:
+        text += f"; largest difference {worst['difference']:.1e} (limit {worst['limit']:.1e})"
+    return Group(Text(text), *(Text(f"note: {caveat}", style="yellow") for caveat in caveats(verify)))
 
 
 def loud(found: Findings) -> list[str]:

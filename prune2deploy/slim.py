@@ -91,7 +91,7 @@ def slim_file(
         note(f"proving that {target.name} computes the same")
         save_model(slimmed.model, candidate)
         found = verify(changes.reference, candidate, rtol=options.rtol, samples=samples, shapes=shapes)
-        slimmed = replace(slimmed, drops=changes.drops, tolerance=changes.tolerance)
+        slimmed = replace(slimmed, drops=changes.drops, tolerance=changes.tolerance, proof=found.to_json())
         start = time.perf_counter()
         save_model(slimmed.model, target)
         slimmed.seconds.update(seconds, write=time.perf_counter() - start)

@@ -16,6 +16,7 @@ from prune2deploy.screen import (
     layer_table,
     loud,
     plain_table,
+    proof_lines,
     run_summary,
     slim_summary,
     value_table,
@@ -87,6 +88,15 @@ def test_brackets_in_names_survive(sections: dict[str, Any], run: Path, tmp_path
 def test_opaque_operators_are_shown(sections: dict[str, Any]) -> None:
     text = shown(slim_summary(sections["slim"] | {"opaque": {"com.acme::Odd": 2}}, Path("x.onnx")))
     assert "com.acme::Odd (2)" in text
+
+
+def test_what_is_not_proved_is_said(sections: dict[str, Any]) -> None:
+    plain = shown(proof_lines(sections["verify"], "the two graphs"))
+    assert "the two graphs agree on" in plain
+    assert "note" not in plain
+    doubts = {"not_numbers": ["boxes"], "computed_in": "float32", "ill_conditioned": ["large, batch 3"]}
+    text = shown(proof_lines(sections["verify"] | doubts, "the two"), width=300)
+    assert all(word in text for word in ("'boxes' is nowhere a number", "run in float32", "on inputs large, batch 3"))
 
 
 def test_nothing_removed_is_said_loudly(sections: dict[str, Any], tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Slimmed:
         seconds: time taken by ``normalise``, ``analysis`` and ``rewrite``.
         drops: which channels were silenced before, by name, and what that changed; None where none were.
         tolerance: which near-dead weights were zeroed before, and what that can change; None where none were.
+        proof: how well the result agrees with the original, once that was verified.
     """
 
     model: onnx.ModelProto
@@ -58,6 +59,7 @@ class Slimmed:
     seconds: dict[str, float]
     drops: dict[str, object] | None = None
     tolerance: dict[str, object] | None = None
+    proof: dict[str, object] | None = None
 
     def report(self) -> dict[str, object]:
         """Return the section ``slim`` of a report, without what only the caller knows."""

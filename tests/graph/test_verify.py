@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from onnx.helper import make_node as node
 
+import prune2deploy.graph.cases as cases_module
 import prune2deploy.graph.verify as verify_module
 from graph.small import copy_of, graph, weights
 from prune2deploy.errors import InputError, VerifyError
@@ -204,11 +205,50 @@ def test_an_error_that_only_real_samples_show_is_caught() -> None:
 
 
 def test_verify_knows_nothing_of_the_analysis() -> None:
-    tree = ast.parse(Path(str(verify_module.__file__)).read_text())
-    imported = {name.name for item in ast.walk(tree) if isinstance(item, ast.Import) for name in item.names}
-    imported |= {item.module or "" for item in ast.walk(tree) if isinstance(item, ast.ImportFrom)}
-    own = {"prune2deploy.errors", "prune2deploy.graph.float32"}
-    assert {name for name in imported if name.startswith("prune2deploy")} == own
+    own = {"verify": {"prune2deploy.errors", "prune2deploy.graph.float32", "prune2deploy.graph.cases"}}
+    own["cases"] = {"prune2deploy.errors"}
+    for module in (verify_module, cases_module):
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        imported = {name.name for item in ast.walk(tree) if isinstance(item, ast.Import) for name in item.names}
+        imported |= {item.module or "" for item in ast.walk(tree) if isinstance(item, ast.ImportFrom)}
+        expected = own[module.__name__.rpartition(".")[2]]
+        assert {name for name in imported if name.startswith("prune2deploy")} == expected
+
+
+def wavering(gain: float, slope: float = 1.0) -> tuple[bytes, bytes]:
+    """Return two graphs that add up the same products in another order, the sine of which shows it the larger the gain.
+
+    ``slope``: the second one's function differs by this factor.
+    """
+    weight = weights(64, 8)
+    order = np.random.default_rng(1).permutation(64)
+    made = []
+    for first, used, factor in ((np.arange(64), weight, 1.0), (order, weight[order], slope)):
+        nodes = [
+            node("Gather", ["x", "order"], ["g"], axis=1),
+            node("MatMul", ["g", "w"], ["m"]),
+            node("Mul", ["m", "gain"], ["a"]),
+            node("Sin", ["a"], ["b"]),
+            node("Mul", ["b", "factor"], ["y"]),
+        ]
+        constants = {"order": first, "w": used, "gain": np.float32(gain), "factor": np.float32(factor)}
+        made.append(data(graph(nodes, constants, {"x": ["N", 64]}, {"y": ["N", 8]})))
+    return made[0], made[1]
+
+
+def test_what_a_last_place_in_the_weights_moves_too_is_rounding_and_is_named() -> None:
+    found = verify(*wavering(100.0))
+    assert found.agrees
+    assert "random, batch 3" in found.ill_conditioned
+    assert verify(*wavering(1.0)).ill_conditioned == ["large, batch 1", "large, batch 3"]
+    assert verify(*wavering(0.01)).ill_conditioned == []
+
+
+def test_on_usual_inputs_no_more_than_a_hundredth_is_put_down_to_rounding() -> None:
+    with pytest.raises(VerifyError, match="differs"):
+        verify(*wavering(1e5))
+    with pytest.raises(VerifyError, match="differs"):
+        verify(*wavering(1.0, slope=1.002))
 
 
 @pytest.mark.parametrize("element", [TensorProto.DOUBLE, TensorProto.BFLOAT16])
