@@ -30,18 +30,22 @@ class Equal:
 
 @dataclass(frozen=True, eq=False)
 class Implies:
-    """A kept ``position[i]`` keeps ``needs[i]``, not the other way (Slice, Concat, Pad keep their sources)."""
+    """A kept ``position[i]`` keeps ``needs[i]``, not the other way (Slice, Concat, Pad keep their sources).
+
+    ``also`` are further positions that must be kept too for that: a cell of a table is where a row and a column are.
+    """
 
     position: Ids
     needs: Ids
+    also: tuple[Ids, ...] = ()
 
     def ids(self) -> Ids:
         """Return the positions whose keeping can trigger this constraint."""
-        return self.position
+        return np.concatenate([self.position, *self.also])
 
     def close(self, kept: np.ndarray) -> Ids:
         """Return what must be kept besides, given ``kept`` (bool by id)."""
-        return np.asarray(self.needs[kept[self.position]])
+        return np.asarray(self.needs[np.logical_and.reduce([kept[ids] for ids in (self.position, *self.also)])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +182,8 @@ def _pairs(constraint: Constraint, also_implied: bool) -> Iterable[tuple[Ids, Id
     elif not also_implied:
         return
     elif isinstance(constraint, Implies):
-        yield constraint.position, constraint.needs
+        for position in (constraint.position, *constraint.also):
+            yield position, constraint.needs
     elif isinstance(constraint, Hull):
         grids = [np.meshgrid(*side, indexing="ij") for side in constraint.sides]
         cells = [axis.ravel() for side in grids for axis in side if (axis != FROZEN).any()]

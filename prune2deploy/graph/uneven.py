@@ -84,6 +84,8 @@ def _uneven(analysis: Analysis) -> dict[int, Work]:
             continue
         live = [_live(work.out, work, analysis), _live(work.into, work, analysis)]
         active = (live[0] > 0) | (live[1] > 0)
+        if (_kept(work.out, work.out_size, work, analysis) > 0)[live[1] == 0].any():
+            continue  # constants that others want: alone they would be a layer of zeros
         if any(len(np.unique(counts[active])) > 1 for counts in live):
             found[node.index] = work if work.coefficient is not None else replace(work, coefficient=1)
     return found

@@ -117,3 +117,14 @@ def test_what_was_divided_stays_as_it_is() -> None:
     again = slim_and_verify(once.model)
     assert again.removed_channels == 0
     assert operators(again.model) == operators(once.model)
+
+
+def test_a_group_of_constants_that_are_given_out_is_no_layer_of_zeros() -> None:
+    """Its own channels could all go, but alone it would be a convolution that computes nothing."""
+    constants = {"stem": weights(8, 3, 1, 1), "w": weights(2, 4, 3, 3, seed=1, zero=(1,))}
+    nodes = [node("Conv", ["x", "stem"], ["a"]), node("Conv", ["a", "w"], ["y"], name="grouped", group=2)]
+    once = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 6, 6]}, ["y"]))
+    assert [choice.choice for choice in once.groups] == []
+    assert convolutions(once.model) == 2
+    again = slim_and_verify(once.model)
+    assert (again.removed_channels, again.removed_layers) == (0, [])

@@ -251,6 +251,23 @@ def test_on_usual_inputs_no_more_than_a_hundredth_is_put_down_to_rounding() -> N
         verify(*wavering(1.0, slope=1.002))
 
 
+def test_an_output_that_is_nothing_but_rounding_is_no_difference() -> None:
+    """The mean of what a norm made has no value of its own: it is 0 but for the order of additions."""
+    made = []
+    for order in (np.arange(25), np.random.default_rng(0).permutation(25)):
+        nodes = [
+            node("Mul", ["x", "zero"], ["a"]),
+            node("Add", ["a", "b"], ["c"]),
+            node("Gather", ["c", "order"], ["g"], axis=1),
+            node("LayerNormalization", ["g", "one"], ["n"]),
+            node("ReduceMean", ["n", "axes"], ["y"], keepdims=1),
+        ]
+        constants = {"zero": np.zeros(25, np.float32), "b": weights(25), "order": order, "axes": np.array([1])}
+        constants |= {"one": np.ones(25, np.float32)}
+        made.append(data(graph(nodes, constants, {"x": ["N", 25]}, {"y": ["N", 1]})))
+    assert verify(made[0], made[1]).ill_conditioned
+
+
 @pytest.mark.parametrize("element", [TensorProto.DOUBLE, TensorProto.BFLOAT16])
 def test_types_without_kernels_are_compared_in_float32(element: int) -> None:
     made = []

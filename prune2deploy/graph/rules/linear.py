@@ -17,21 +17,26 @@ def read_conv(node: Node) -> Linear | str:
     why = _uncovered(node)
     if why is not None or weight is None:
         return why or "its weights are computed"
-    auto_pad = node.attribute("auto_pad", "NOTSET")
-    padded = max(node.attribute("pads", [0])) > 0 if auto_pad == "NOTSET" else auto_pad != "VALID"
     keys = ("strides", "dilations", "pads", "auto_pad")
     rows = len(weight)
     return Linear(
         weight=weight.reshape(rows, weight.shape[1], -1),
         bias=np.zeros(rows) if bias is None else bias.astype(np.float64),
         groups=int(node.attribute("group", 1)),
-        padded=padded,
+        padded=_is_padded(node, weight.shape[2:]),
         slot=0,
         in_axis=1,
         out_axis=1,
         out_rank=weight.ndim,
         signature=("Conv", weight.shape[2:], tuple((key, str(node.attribute(key))) for key in keys)),
     )
+
+
+def _is_padded(node: Node, kernel: tuple[int, ...]) -> bool:
+    auto_pad = node.attribute("auto_pad", "NOTSET")
+    if auto_pad == "NOTSET":
+        return bool(max(node.attribute("pads", [0])) > 0)
+    return bool(auto_pad != "VALID" and max(kernel) > 1)  # SAME needs nothing around a kernel of one tap
 
 
 def _uncovered(node: Node) -> str | None:

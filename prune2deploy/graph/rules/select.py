@@ -265,13 +265,15 @@ def _gather_ties(node: Node, positions: Positions, view: View, needed: frozenset
     into = positions.ids(operand.name, axis)
     if indices is None or into is None:
         return
+    cells = []
     for place in range(indices.ndim):
         out = positions.ids(output.name, axis + place)
-        if out is not None:  # every cell has a position along this axis, which keeps the cell's source
-            rows = np.moveaxis(indices, place, 0).reshape(len(out), -1)
-            yield Implies(np.repeat(out, rows.shape[1]), into[rows.ravel()])
-            return
-    yield freeze(into[indices.ravel()])
+        if out is not None:
+            cells.append(
+                np.broadcast_to(np.expand_dims(out, tuple(range(1, indices.ndim - place))), indices.shape).ravel()
+            )
+    source = into[indices.ravel()]
+    yield Implies(cells[0], source, tuple(cells[1:])) if cells else freeze(source)
 
 
 def _drop_gather(node: Node, edit: Edit) -> None:

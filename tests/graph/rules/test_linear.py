@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from onnx.helper import make_node as node
 
 from graph.rule_check import Line, check_line, dense, f32, label, planted
+from graph.small import graph, slim_and_verify, weights
 
 SQUARE = planted(6, 6, 3, 3)
 
@@ -98,3 +100,13 @@ LINES: list[Line] = [
 @pytest.mark.parametrize("line", LINES, ids=label)
 def test_rule(line: Line) -> None:
     check_line(line)
+
+
+@pytest.mark.parametrize(("kernel", "left"), [(1, 3), (3, 4)])
+def test_same_padding_puts_nothing_around_a_kernel_of_one_tap(kernel: int, left: int) -> None:
+    """So a nonzero constant folds into the bias whole, where a larger kernel needs one constant channel."""
+    constants = {"w": weights(6, 3, 1, 1, zero=(1, 2, 4)), "b": np.arange(1, 7, dtype=np.float32)}
+    constants |= {"v": weights(2, 6, kernel, kernel, seed=1)}
+    nodes = [node("Conv", ["x", "w", "b"], ["a"]), node("Conv", ["a", "v"], ["y"], auto_pad="SAME_UPPER")]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 6, 6]}, ["y"]))
+    assert [row.after for row in slimmed.layers] == [left, 2]

@@ -136,3 +136,17 @@ def test_a_slice_of_opset_9_has_no_steps() -> None:
     outputs = {"y": ["N", 2, 6, 6], "z": ["N", 2, 6, 6]}
     slimmed = slim_and_verify(graph(nodes, constants, {"x": IMAGE}, outputs, opset=9))
     assert slimmed.analysis.keep.kept["s", 1].sum() == 3
+
+
+def test_a_table_of_channels_loses_what_only_cells_read_that_are_gone() -> None:
+    """Rows and columns go on their own: what is left of a cell is where both are."""
+    constants = {"table": np.array([[0, 1, 2], [3, 4, 5]]), "w": weights(6, 3, 1, 1)}
+    constants |= {"from": ints(0, 0), "to": ints(1, 2), "axes": ints(1, 2)}
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Gather", ["a", "table"], ["g"], axis=1),
+        node("Relu", ["g"], ["r"]),
+        node("Slice", ["r", "from", "to", "axes"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 4, 4]}, ["y"]))
+    assert [row.after for row in slimmed.layers] == [2]
