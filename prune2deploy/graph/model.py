@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,7 @@ def fold_constants(graph: gs.Graph) -> None:
     partial = _partial_shapes(graph)
     for node in partial:
         node.op = "PartialShape"
-    with G_LOGGER.suppress():  # it prints
+    with G_LOGGER.suppress(), _quiet_runtime():  # they print
         graph.fold_constants(recurse_subgraphs=False, size_threshold=SINGLE_FILE_BYTES, should_exclude_node=stays)
     for node in partial:
         node.op = "Shape"
@@ -233,6 +234,21 @@ def fold_constants(graph: gs.Graph) -> None:
             redirect(inner, output)
             producer = inner.inputs[0]
             producer.outputs = [output if tensor is inner else tensor for tensor in producer.outputs]
+
+
+@contextmanager
+def _quiet_runtime() -> Iterator[None]:
+    """Keep ONNX Runtime, where it is installed, from printing what its optimiser could not do."""
+    try:
+        from onnxruntime import set_default_logger_severity
+    except ImportError:
+        yield
+        return
+    set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        set_default_logger_severity(2)  # as it is at the start
 
 
 def _partial_shapes(graph: gs.Graph) -> list[gs.Node]:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, reject, seed, settings
 from hypothesis import strategies as st
 from onnx.helper import make_node as node
 
 from graph.random_graphs import DENSE, FAMILIES, OPSETS, families_of, models
 from graph.small import copy_of, graph, run
+from prune2deploy.errors import InputError
 from prune2deploy.graph.layers import totals
 from prune2deploy.graph.model import stand_in
 from prune2deploy.graph.rewrite import Slimmed, remove_dead_channels
@@ -52,7 +53,13 @@ def slim(model: onnx.ModelProto, **options: int) -> Slimmed:
 
 
 def check_slim_graph_computes_the_same(model: onnx.ModelProto) -> None:
-    verify(model.SerializeToString(), slim(model).model.SerializeToString())
+    slimmed = slim(model).model
+    try:
+        verify(model.SerializeToString(), slimmed.SerializeToString())
+    except InputError as error:
+        if "ONNX Runtime refuses the reference" not in str(error):  # its optimiser fails on some quantised activations
+            raise
+        reject()
 
 
 @examples(300)
