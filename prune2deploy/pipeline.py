@@ -411,7 +411,7 @@ def require_promise(run: Path) -> None:
 
 def normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a model as all arms are analysed and timed: constants folded, nothing that only passes its input on."""
-    from prune2deploy.graph.model import normalise, to_model
+    from prune2deploy.graph.normal import normalise, to_model
 
     return to_model(normalise(model), model)
 

@@ -112,13 +112,18 @@ MUTANTS: list[Mutant] = [
         RULE_TESTS.format("linear"),
         (
             "a convolution ignores its padding",
-            '    padded = max(node.attribute("pads", [0])) > 0 if auto_pad == "NOTSET" else auto_pad != "VALID"\n',
-            "    padded = False\n",
+            "        padded=_is_padded(node, weight.shape[2:]),\n",
+            "        padded=False,\n",
         ),
         (
             "auto_pad SAME pads nothing",
-            'if auto_pad == "NOTSET" else auto_pad != "VALID"',
-            'if auto_pad == "NOTSET" else False',
+            '    return bool(auto_pad != "VALID" and max(kernel) > 1)',
+            "    return False",
+        ),
+        (
+            "auto_pad SAME pads a kernel of one tap",
+            '    return bool(auto_pad != "VALID" and max(kernel) > 1)',
+            '    return bool(auto_pad != "VALID")',
         ),
         (
             "strides are no part of a convolution's key",
@@ -687,6 +692,52 @@ MUTANTS: list[Mutant] = [
             "a shared constant takes the first version for all",
             "            if known.dtype == array.dtype and np.array_equal(known, array):\n",
             "            if known.dtype == array.dtype and known.shape == array.shape:\n",
+        ),
+    ),
+    *_of(
+        "sizes.py",
+        "tests/graph/test_open_sizes.py",
+        (
+            "a quotient may leave a rest",
+            "    if not number or not divisor or number % divisor or own - names:\n",
+            "    if not number or not divisor or own - names:\n",
+        ),
+        (
+            "names need not cancel",
+            "    if not number or not divisor or number % divisor or own - names:\n",
+            "    if not number or not divisor or number % divisor:\n",
+        ),
+    ),
+    *_of(
+        "open_sizes.py",
+        "tests/graph/test_open_sizes.py",
+        (
+            "sizes that a Resize is given are not looked at",
+            '"Resize": _resized}',
+            "}",
+        ),
+        (
+            "what is left of a Reshape is not named",
+            "    return [found if axis == opened[0] else size for axis, size in enumerate(output)]\n",
+            "    return output\n",
+        ),
+    ),
+    *_of(
+        "shapes.py",
+        "tests/graph/test_open_sizes.py",
+        (
+            "any rows that are written are all rows",
+            "== [[0], [size], [1]]",
+            "!= []",
+        ),
+    ),
+    *_of(
+        "windows.py",
+        "tests/graph/test_open_sizes.py",
+        (
+            "windows stay apart",
+            '        turn.attrs["perm"] = [0, *(axis - count for axis in turn.attrs["perm"][count + 1 :])]\n',
+            "",
         ),
     ),
     *_of(

@@ -19,9 +19,11 @@ from prune2deploy.graph.bounds.movement import dropout
 from prune2deploy.graph.bounds.ranges import Ranges, constants, ranges, unchanged, unknown
 from prune2deploy.graph.bounds.rules import RULES
 from prune2deploy.graph.bounds.step import Step
+from prune2deploy.graph.fold import RANDOM
 from prune2deploy.graph.groupnorm import restore_group_norms
-from prune2deploy.graph.model import RANDOM, copy_of, normalise
+from prune2deploy.graph.model import copy_of
 from prune2deploy.graph.node import FLOATS, Node, Operand, Tables, tables
+from prune2deploy.graph.normal import normalise
 
 End = float | np.ndarray
 InputRanges = Mapping[str, tuple[End, End]]

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from prune2deploy.graph.keep import Analysis
-from prune2deploy.graph.model import redirect
 from prune2deploy.graph.node import Operand
+from prune2deploy.graph.order import redirect
 from prune2deploy.graph.shapes import Sizes
 
 INLINE = 1024

@@ -19,7 +19,8 @@ from prune2deploy.files import require_file
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.indexed import nearest, require_channels, silence_by_name
 from prune2deploy.graph.masking import apply_masks, separate_layers, weights_of
-from prune2deploy.graph.model import copy_of, normalise, to_model
+from prune2deploy.graph.model import copy_of
+from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.groups import Group, Groups, Member
 from prune2deploy.masks import load_masks
 

@@ -14,8 +14,8 @@ from prune2deploy.graph.constraints import FROZEN, Constraint, Equal, Ids, Posit
 from prune2deploy.graph.facts import Known, channel_facts
 from prune2deploy.graph.keep import node_constraints
 from prune2deploy.graph.layers import layer_name
-from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import Node, Tables, tables
+from prune2deploy.graph.normal import normalise
 from prune2deploy.graph.rules.activation import clip_bounds
 from prune2deploy.graph.rules.base import Axis, Part, Work
 from prune2deploy.graph.rules.norm import UNIT

@@ -11,9 +11,9 @@ import onnx_graphsurgeon as gs
 
 from prune2deploy.errors import InputError
 from prune2deploy.graph.facts import Known, channel_facts
-from prune2deploy.graph.model import redirect
 from prune2deploy.graph.names import fresh
 from prune2deploy.graph.node import Node, Operand, Tables, tables
+from prune2deploy.graph.order import redirect
 from prune2deploy.graph.rules.base import Axis, Part
 
 NAMED = {"filter": frozenset({"filter", "bias"}), "scale": frozenset({"scale", "shift"})}

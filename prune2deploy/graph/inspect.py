@@ -10,8 +10,8 @@ import onnx
 from prune2deploy.graph.keep import Analysis, analyse
 from prune2deploy.graph.layers import layer_rows, totals
 from prune2deploy.graph.liveness import GRAPH_OUTPUT
-from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import tables
+from prune2deploy.graph.normal import normalise
 from prune2deploy.graph.rewrite import opaque_operators
 from prune2deploy.graph.validity import blaming_the_file
 

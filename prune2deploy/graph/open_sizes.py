@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from prune2deploy.graph.entries import MOST, entries_of
-from prune2deploy.graph.sizes import Shape, Size, is_open, product, quotient
+from prune2deploy.graph.sizes import Shape, Size, is_open, product, quotient, read_shape
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +140,10 @@ def _inferred(node: gs.Node, graph: gs.Graph) -> list[Shape | None]:
 
 
 def _taken(tensor: gs.Tensor, found: onnx.TypeProto) -> Shape | None:
-    if not found.tensor_type.HasField("shape"):
-        return None
-    if tensor.dtype is None:
+    shape = read_shape(found)
+    if shape is not None and tensor.dtype is None:
         tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(found.tensor_type.elem_type)
-    dims = found.tensor_type.shape.dim
-    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
+    return shape
 
 
 def _type_of(tensor: gs.Tensor) -> onnx.TypeProto:

@@ -16,8 +16,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from prune2deploy.errors import DeviceError, InputError, one_line
+from prune2deploy.graph.infer import infer_shapes
 from prune2deploy.graph.masking import separate_layers, write
-from prune2deploy.graph.model import copy_of, infer_shapes, save_model
+from prune2deploy.graph.model import copy_of, save_model
 from prune2deploy.graph.verify import open_session
 
 Feeds = Mapping[str, np.ndarray]

@@ -13,12 +13,14 @@ import onnx_graphsurgeon as gs
 from prune2deploy import __version__
 from prune2deploy.graph.constants import write_constants
 from prune2deploy.graph.fact import digest
+from prune2deploy.graph.fold import fold_constants
 from prune2deploy.graph.groupnorm import restore_group_norms
 from prune2deploy.graph.keep import Analysis, analyse
 from prune2deploy.graph.layers import LayerRow, layer_rows, totals
-from prune2deploy.graph.model import all_inputs, fold_constants, normalise, redirect, remove_dead_nodes, to_model
 from prune2deploy.graph.names import fresh
 from prune2deploy.graph.node import Node, Operand, tables
+from prune2deploy.graph.normal import normalise, to_model
+from prune2deploy.graph.order import all_inputs, redirect, remove_dead_nodes
 from prune2deploy.graph.rules.base import Piece, View
 from prune2deploy.graph.shuffle import restore_shuffles
 from prune2deploy.graph.stored import Stored

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import onnx
+
 Size = int | str | None
 """A number or a name; None where nothing is known."""
 Shape = list[Size]
 BY = " x "
+
+
+def read_shape(kind: onnx.TypeProto) -> Shape | None:
+    """Return the shape that a tensor's type gives, or None where it gives none."""
+    if not kind.tensor_type.HasField("shape"):
+        return None
+    dims = kind.tensor_type.shape.dim
+    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
 
 
 def is_open(size: Size) -> bool:

@@ -15,8 +15,9 @@ import onnx
 
 from prune2deploy.errors import InputError
 from prune2deploy.graph.layers import layer_name
-from prune2deploy.graph.model import copy_of, normalise, to_model
+from prune2deploy.graph.model import copy_of
 from prune2deploy.graph.node import FLOATS, Node, tables
+from prune2deploy.graph.normal import normalise, to_model
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from onnx.helper import make_node as node
 
 from graph.small import copy_of, graph, run, slim_and_verify
 from prune2deploy.graph.facts import Known, channel_facts
-from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import Node, Tables, tables
+from prune2deploy.graph.normal import normalise
 
 CHANNELS = 6
 Array = np.ndarray

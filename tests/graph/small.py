@@ -7,9 +7,10 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from prune2deploy.graph.infer import NOT_INFERRED, stand_in
 from prune2deploy.graph.keep import Analysis, analyse
-from prune2deploy.graph.model import NOT_INFERRED, normalise, stand_in
 from prune2deploy.graph.node import tables
+from prune2deploy.graph.normal import normalise
 from prune2deploy.graph.rewrite import Slimmed, remove_dead_channels
 from prune2deploy.graph.verify import verify
 

@@ -18,8 +18,9 @@ from graph.rule_check import check_facts, reader_of
 from graph.small import copy_of, run
 from prune2deploy.errors import InputError
 from prune2deploy.graph.facts import Known, channel_facts
-from prune2deploy.graph.model import MAX_OPSET, MIN_OPSET, normalise
+from prune2deploy.graph.model import MAX_OPSET, MIN_OPSET
 from prune2deploy.graph.node import tables
+from prune2deploy.graph.normal import normalise
 from prune2deploy.graph.rewrite import remove_dead_channels
 from prune2deploy.graph.rules import RULES
 from prune2deploy.graph.verify import verify

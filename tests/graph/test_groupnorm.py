@@ -18,8 +18,8 @@ from prune2deploy.graph.bound import output_bound
 from prune2deploy.graph.facts import channel_facts
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.masking import apply_masks, write
-from prune2deploy.graph.model import normalise, to_model
 from prune2deploy.graph.node import tables
+from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.graph.rewrite import remove_dead_channels
 from prune2deploy.graph.verify import verify
 from prune2deploy.groups import Groups

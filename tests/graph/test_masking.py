@@ -21,7 +21,7 @@ from prune2deploy.export import export_network
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.layers import totals
 from prune2deploy.graph.masking import apply_masks, fold_offsets, separate_layers, weights_of
-from prune2deploy.graph.model import normalise, to_model
+from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.groups import Groups
 from prune2deploy.methods import load_method
 

@@ -14,7 +14,8 @@ from onnx.helper import make_node as node
 import prune2deploy.graph.model as model_module
 from graph.small import copy_of, graph, initializer, operators, parse, run, slim_and_verify, weights
 from prune2deploy.errors import InputError
-from prune2deploy.graph.model import load_model, normalise, save_model, to_model
+from prune2deploy.graph.model import load_model, save_model
+from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.graph.rewrite import remove_dead_channels
 from prune2deploy.graph.verify import verify
 

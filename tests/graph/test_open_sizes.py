@@ -6,7 +6,7 @@ import pytest
 from onnx import helper
 
 from graph.small import copy_of, initializer, operators, parse, slim_and_verify, weights
-from prune2deploy.graph.model import normalise, to_model
+from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.graph.rewrite import Slimmed
 from prune2deploy.graph.sizes import is_open, product, quotient
 

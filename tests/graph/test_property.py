@@ -20,8 +20,8 @@ from onnx.helper import make_node as node
 from graph.random_graphs import DENSE, FAMILIES, OPSETS, families_of, models
 from graph.small import copy_of, graph, run
 from prune2deploy.errors import InputError
+from prune2deploy.graph.infer import stand_in
 from prune2deploy.graph.layers import totals
-from prune2deploy.graph.model import stand_in
 from prune2deploy.graph.rewrite import Slimmed, remove_dead_channels
 from prune2deploy.graph.rules import RULES
 from prune2deploy.graph.verify import verify

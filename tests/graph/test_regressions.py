@@ -8,8 +8,8 @@ from onnx.helper import make_node as node
 
 from graph.small import graph, operators, run, slim_and_verify, weights
 from prune2deploy.graph.facts import channel_facts
-from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import tables
+from prune2deploy.graph.normal import normalise
 from prune2deploy.graph.rewrite import remove_dead_channels
 
 IMAGE = ["N", 3, 6, 6]

@@ -10,8 +10,8 @@ from onnx.helper import make_node as node
 
 from graph.small import copy_of, graph, slim_and_verify, weights
 from prune2deploy.graph.facts import channel_facts
-from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import tables
+from prune2deploy.graph.normal import normalise
 
 IMAGE = ["N", 3, 6, 6]
 

@@ -6,7 +6,7 @@ import pytest
 from onnx.helper import make_node as node
 
 from graph.small import copy_of, graph, kept, operators, slim_and_verify, weights
-from prune2deploy.graph.model import normalise, to_model
+from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.graph.rewrite import remove_dead_channels
 
 TRIPLE = ["Reshape", "Transpose", "Reshape"]

@@ -11,8 +11,8 @@ from onnx.helper import make_node as node
 from graph.rule_check import Line, check_facts, dense, f32, label, source
 from graph.small import copy_of, graph, operators, run, slim_and_verify
 from prune2deploy.graph.facts import Known, channel_facts
-from prune2deploy.graph.model import normalise
 from prune2deploy.graph.node import Node, tables
+from prune2deploy.graph.normal import normalise
 from prune2deploy.graph.rewrite import Slimmed
 from prune2deploy.graph.rules.quantized import zero_of
 
