@@ -254,13 +254,17 @@ def slim(
     ] = None,
     range_: Annotated[
         str | None,
-        typer.Option("--range", metavar="LOW,HIGH", help="What the inputs hold, for the bound of --tolerance [-3,3]."),
+        typer.Option(
+            "--range",
+            metavar="LOW,HIGH",
+            help="What the inputs hold, such as 0,255, for the bound of --tolerance; -3,3 unless given.",
+        ),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say why each channel went, and what keeps each dead one that stayed.")
     ] = False,
     input_: Shapes = None,
-    strict: Strict = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 if nothing was removed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove the dead channels of any ONNX file; the result is written only after it was verified.
@@ -276,6 +280,8 @@ def slim(
     ends = _numbers("--range", range_) or (-3.0, 3.0)
     if len(ends) != 2 or not ends[0] <= ends[1]:
         raise InputError(f"--range '{range_}' is not LOW,HIGH; write it like 0,255")
+    if range_ is not None and tolerance is None:
+        raise InputError("--range is for the bound of --tolerance, which is not given; leave it out")
     options = Options(round_to, rtol, drop, tolerance, (ends[0], ends[1]))
     with _live() as live:
         slimmed = slim_file(model, target, options, shapes=_shapes(input_), note=live.note)
@@ -381,6 +387,8 @@ def inspect(
     from prune2deploy.screen import layer_table, plain_table, value_table
 
     path = target / "masked.onnx" if target.is_dir() else target
+    if target.is_dir() and not path.exists():
+        raise InputError(f"'{target}' is a folder without masked.onnx, so no exported run; name a run or an ONNX file")
     found = inspect_model(load_model(path))
     named = (("MACs", "macs"), ("parameters", "parameters"), ("bytes", "bytes"))
     totals = [(name, f"{found[key]['before']:,}", f"{found[key]['after']:,}") for name, key in named]

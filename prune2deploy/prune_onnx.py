@@ -59,6 +59,7 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
     """
     from prune2deploy.graph import masking
     from prune2deploy.graph.model import copy_of, load_model, save_model
+    from prune2deploy.graph.recalibrate import norms_of
 
     source = Path(recipe.network)
     method, target = load_method(recipe.method, **recipe.method_options), Target.parse(recipe.target)
@@ -67,9 +68,11 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
     dense = pipeline.normal_form(load_model(source))
     masking.separate_layers(dense)
     inputs = _inputs(dense)
+    samples = _samples(recipe, inputs, note)
+    if recipe.recalibrate:
+        norms_of(dense)
     with pipeline.locked(run):
         seconds: dict[str, float] = {}
-        samples = _samples(recipe, inputs, note)
         with pipeline.timed(seconds, "groups"):
             note("finding the groups")
             groups = _groups(dense, recipe, inputs)
@@ -307,7 +310,12 @@ def _images(recipe: Recipe, inputs: Mapping[str, Input], note: Note) -> Samples:
     note("loading the images")
     only = _only_input(inputs, "--data")
     sizes = recipe.input_shape or inputs[only].dims[1:]
-    data = load_data(recipe.data, seed=recipe.seed, holdout=recipe.holdout, image_size=sizes[-1] if sizes else None)
+    size = sizes[-1] if sizes else None
+    try:
+        data = load_data(recipe.data, seed=recipe.seed, holdout=recipe.holdout, image_size=size)
+    except InputError as error:
+        reason = f"--recalibrate measures on --data, which is '{recipe.data}' here"
+        raise InputError(f"{reason}: {error}; or give --samples FILE.npz") from error
     mean, std = recipe.mean or data.mean, recipe.std or data.std
     shape = ("?" if size is None else str(size) for size in sizes)
     if len(sizes) != 3 or sizes[0] not in (None, data.in_channels):

@@ -179,12 +179,17 @@ def _zeroed(tolerance: Mapping[str, Any]) -> str:
     lines = [
         f"note: the function changed, as --tolerance asked: {tolerance['weights']:,} weights below "
         f"{tolerance['eps']:g} of their layer's largest are zero now, {tolerance['filters']:,} whole filters among "
-        f"them. For {ranges}:"
+        f"them. For {ranges or 'any input'}:"
     ]
     for one in tolerance["outputs"]:
         largest, culprit = one["bound"]["largest"], one["bound"]["unbounded_by"]
-        limit = f"no bound is known (because of {culprit})" if largest is None else f"at most {largest:.2e}"
-        lines.append(f"  '{one['name']}' moves by {limit}; measured {one['measured']:.2e}")
+        if largest is None:
+            limit = ": no bound on how far it moves is known" + (f" (because of {culprit})" if culprit else "")
+        else:
+            limit = f" moves by at most {largest:.2e} in exact arithmetic"
+        seen = "no finite number" if one["measured"] is None else f"{one['measured']:.2e}, rounding included"
+        seen += f" ({one['computed_in']}" + (f": about {one['rounding']:.0e})" if one["rounding"] else ")")
+        lines.append(f"  '{one['name']}'{limit}; measured {seen}")
     return "\n".join(lines)
 
 
@@ -205,11 +210,32 @@ def reasons_tree(layers: Sequence[Mapping[str, Any]]) -> RenderableType:
     tree = Tree("why")
     for layer in layers:
         change = "removed whole" if layer["gone"] else f"{layer['before']} → {layer['after']}"
+        if layer.get("near_dead"):
+            change += f"; {layer['near_dead']} of its filters were near-dead"
         branch = tree.add(Text(f"{layer['layer']} ({layer['op_type']}): {change}", style="bold"))
         for name, title, style in (("removed", "removed", "green"), ("kept", "dead but kept", "yellow")):
-            for reason in layer[name]:
+            for reason in _summed(layer[name]):
                 branch.add(Text(f"{title}: {_ranges(reason['channels'])}: {reason['why']}", style=style))
     return tree
+
+
+MANY_CONSTANTS = 2
+"""So many different constants in one layer are shown as one line."""
+
+
+def _summed(reasons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return reasons with those that differ only in the constant as one, where they are many."""
+    by_ties: dict[int, list[Mapping[str, Any]]] = {}
+    for reason in reasons:
+        if reason.get("kind") == "constant":
+            by_ties.setdefault(reason.get("tied", 0), []).append(reason)
+    many = {ties: found for ties, found in by_ties.items() if len(found) >= MANY_CONSTANTS}
+    shown = [one for one in reasons if not (one.get("kind") == "constant" and one.get("tied", 0) in many)]
+    for ties, found in many.items():
+        values = [one["value"] for one in found]
+        why = f"constants from {min(values):g} to {max(values):g}" + (f", like the {ties} tied to each" if ties else "")
+        shown.insert(0, {"channels": sorted(k for one in found for k in one["channels"]), "why": why})
+    return shown
 
 
 def _ranges(indices: Sequence[int]) -> str:

@@ -36,7 +36,7 @@ class Options:
         rtol: the difference allowed, relative to each output channel's scale.
         drops: a file of channels to silence first; this changes the function.
         tolerance: weights below so many times their layer's largest count as zero; this changes the function.
-        input_range: what the inputs hold, for the bound on what ``tolerance`` changes (where no samples tell).
+        input_range: what the inputs hold, for the bound on what ``tolerance`` changes.
     """
 
     round_to: int = 1
@@ -128,19 +128,17 @@ class _Changes:
 
     def zero(self, model: onnx.ModelProto, eps: float, input_range: tuple[float, float]) -> onnx.ModelProto:
         """Return the model with near-dead weights zeroed."""
-        from prune2deploy.graph.bound import output_bound
+        from prune2deploy.graph.bound import output_bound, real_inputs
         from prune2deploy.graph.change import measured_change
         from prune2deploy.graph.model import save_model
         from prune2deploy.graph.tolerance import zero_near_dead
 
         zeroed = zero_near_dead(model, eps)
         self._note("bounding what the near-dead weights change")
-        listed = {tensor.name for tensor in model.graph.initializer}
-        names = [value.name for value in model.graph.input if value.name not in listed]
-        ranges = {name: self._range(name, input_range) for name in names}
+        ranges = dict.fromkeys(real_inputs(model), input_range)
         bounds = output_bound(model, zeroed.model, ranges)
         measured = measured_change(model, zeroed.model, ranges, shapes=self._shapes)
-        outputs = [{"name": name, "bound": one.to_json(), "measured": measured[name]} for name, one in bounds.items()]
+        outputs = [{"name": name, "bound": one.to_json(), **measured[name].to_json()} for name, one in bounds.items()]
         self.tolerance = {
             "eps": eps,
             "range": {name: list(ends) for name, ends in ranges.items()},
@@ -150,11 +148,6 @@ class _Changes:
         save_model(zeroed.model, self._silenced)
         self.reference = self._silenced
         return zeroed.model
-
-    def _range(self, name: str, given: tuple[float, float]) -> tuple[float, float]:
-        if self._samples is None or name not in self._samples:
-            return given
-        return float(self._samples[name].min()), float(self._samples[name].max())
 
 
 @contextmanager
@@ -186,8 +179,13 @@ def require_free(target: Path, source: Path) -> None:
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"'{target}' would overwrite its own source; choose another -o")
     beside = target.with_suffix(".json")
-    if beside.exists() and "source_sha256" not in read_json(beside):
+    if beside.exists() and not _is_kept_indices(beside):
         raise InputError(f"'{beside}' would be overwritten by the kept indices of '{target}'; choose another -o")
+
+
+def _is_kept_indices(path: Path) -> bool:
+    found = read_json(path)
+    return isinstance(found, dict) and "source_sha256" in found
 
 
 def slim_section(source: Path, target: Path, slimmed: Slimmed) -> dict[str, Any]:
@@ -207,4 +205,7 @@ def reasons(source: Path, slimmed: Slimmed) -> list[dict[str, Any]]:
 
     beside = source.with_name("source_map.json")
     sources = read_json(beside) if beside.is_file() else {}
-    return [one.to_json() for one in explain(slimmed.analysis, sources if isinstance(sources, dict) else {})]
+    found = [one.to_json() for one in explain(slimmed.analysis, sources if isinstance(sources, dict) else {})]
+    zeroed: Any = (slimmed.tolerance or {}).get("layers", [])
+    near_dead = {layer["name"]: layer["filters"] for layer in zeroed}
+    return [layer | {"near_dead": near_dead.get(layer["layer"], 0)} for layer in found]

@@ -606,6 +606,29 @@ def killed(arguments: tuple[object, ...], folder: Path, name: str, delay: float 
         return process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("rtol", ["nan", "inf", "-1", "2"])
+def test_a_relative_tolerance_that_would_prove_nothing_is_refused(rtol: str, run: Path, out: Path) -> None:
+    refused(p2d("verify", run / "dense.onnx", run / "masked.onnx", "--rtol", rtol), 2, "--rtol", "between 0 and 1")
+    refused(p2d("slim", run / "masked.onnx", "-o", out / "slim.onnx", "--rtol", rtol), 2, "--rtol")
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("text", ["5", '"source_sha256"', "[]", '{"other": 1}', "[" * 100_000])
+def test_a_file_that_is_no_earlier_result_is_not_overwritten(text: str, run: Path, out: Path) -> None:
+    (out / "slim.json").write_text(text)
+    refused(p2d("slim", run / "masked.onnx", "-o", out / "slim.onnx"), 2, "slim.json")
+    assert (out / "slim.json").read_text() == text
+
+
+def test_json_that_is_nested_too_deep_to_read_drops_nothing(run: Path, out: Path) -> None:
+    (out / "drop.json").write_text("[" * 100_000)
+    refused(p2d("slim", run / "masked.onnx", "-o", out / "slim.onnx", "--drop", out / "drop.json"), 2, "drop.json")
+
+
+def test_a_range_that_nothing_asks_for_is_refused(run: Path, out: Path) -> None:
+    refused(p2d("slim", run / "masked.onnx", "-o", out / "slim.onnx", "--range", "0,255"), 2, "--range", "--tolerance")
+
+
 MOMENTS = (".slim.onnx.unverified.onnx", "slim.onnx", "slim.json")
 
 

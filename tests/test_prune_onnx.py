@@ -209,6 +209,8 @@ def test_folded_norms_leave_l1_and_refuse_bn(folder: Path, tmp_path: Path) -> No
     samples = ("--recalibrate", "--samples", folder / "samples.npz")
     outcome = p2d("prune", folder / "folded.onnx", *samples, "-o", tmp_path / "run")
     refused(outcome, 2, "no BatchNormalization", "--recalibrate")
+    refused(p2d("prune", folder / "folded.onnx", "--recalibrate", "-o", tmp_path / "new"), 2, "no BatchNormalization")
+    assert not (tmp_path / "new").exists()
 
 
 def test_layers_that_match_keep_stay_whole(folder: Path, tmp_path: Path) -> None:

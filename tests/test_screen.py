@@ -17,6 +17,7 @@ from prune2deploy.screen import (
     loud,
     plain_table,
     proof_lines,
+    reasons_tree,
     run_summary,
     slim_summary,
     value_table,
@@ -88,6 +89,24 @@ def test_brackets_in_names_survive(sections: dict[str, Any], run: Path, tmp_path
 def test_opaque_operators_are_shown(sections: dict[str, Any]) -> None:
     text = shown(slim_summary(sections["slim"] | {"opaque": {"com.acme::Odd": 2}}, Path("x.onnx")))
     assert "com.acme::Odd (2)" in text
+
+
+def test_reasons_that_differ_only_in_the_constant_are_one_line() -> None:
+    constants = [
+        {
+            "channels": [k],
+            "why": f"constant {value:g}, like the 2 tied to it",
+            "kind": "constant",
+            "value": value,
+            "tied": 2,
+        }
+        for k, value in ((2, 1e-14), (7, -3e-16), (8, 0.25))
+    ]
+    layer = {"layer": "conv", "op_type": "Conv", "before": 9, "after": 5, "gone": False, "near_dead": 3, "kept": []}
+    text = shown(reasons_tree([layer | {"removed": [*constants, {"channels": [0], "why": "never read"}]}]))
+    assert "9 → 5; 3 of its filters were near-dead" in text
+    assert "removed: 2, 7-8: constants from -3e-16 to 0.25, like the 2 tied to each" in text
+    assert "removed: 0: never read" in text
 
 
 def test_what_is_not_proved_is_said(sections: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ its result is right, but not all that could be had.
 """
 
 import argparse
-import hashlib
 import re
 import sys
 import time
@@ -25,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
+from code_version import package_hash  # noqa: E402
 from graph.random_graphs import families_of, models  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, note, seed, settings  # noqa: E402
 
@@ -97,12 +97,9 @@ def show(counts: Counter[str], mistakes: Mistakes, start: float) -> None:
 
 def keep_results(path: Path, arguments: argparse.Namespace, counts: Counter[str], mistakes: Mistakes) -> None:
     """Write the counts of this seed among those of others."""
-    hasher = hashlib.sha256()
-    for source in sorted((ROOT / "prune2deploy" / "graph").rglob("*.py")):
-        hasher.update(source.read_bytes())
     row = {
         "steps": arguments.steps,
-        "package": hasher.hexdigest()[:12],
+        "package": package_hash(),
         "onnxruntime": onnxruntime.__version__,
         "mistakes": mistakes.wrong,
         "kinds": dict(sorted(mistakes.counts.items())),

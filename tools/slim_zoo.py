@@ -21,7 +21,6 @@ are there are skipped.
 import argparse
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -34,17 +33,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
+from code_version import package_hash  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
 from prune2deploy.errors import P2DError, one_line  # noqa: E402
 from prune2deploy.files import read_json, write_bytes, write_json  # noqa: E402
 from prune2deploy.graph.groups import find_groups  # noqa: E402
 from prune2deploy.graph.layers import totals  # noqa: E402
-from prune2deploy.graph.model import load_model  # noqa: E402
+from prune2deploy.graph.model import copy_of, load_model  # noqa: E402
 from prune2deploy.graph.rewrite import Slimmed, remove_dead_channels  # noqa: E402
 from prune2deploy.graph.verify import verify  # noqa: E402
 from prune2deploy.groups import SILENCED_ROLES, Groups  # noqa: E402
@@ -239,10 +239,6 @@ def _legacy(module: Any, example: Any) -> onnx.ModelProto:
 # --- planting -----------------------------------------------------------------------------------------------------
 
 
-def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.load_from_string(model.SerializeToString())
-
-
 def edit_weights(model: onnx.ModelProto, edit: Callable[[dict[str, np.ndarray]], Any]) -> Any:
     """Let ``edit`` change copies of the initializers, write back those that changed, and return what it returns."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -301,14 +297,6 @@ def plant_filters(model: onnx.ModelProto, seed: int = 1) -> None:
 
 
 # --- one network --------------------------------------------------------------------------------------------------
-
-
-def package_hash() -> str:
-    """Return twelve digits that change whenever the analysis does."""
-    hasher = hashlib.sha256()
-    for path in sorted((ROOT / "prune2deploy" / "graph").rglob("*.py")):
-        hasher.update(path.read_bytes())
-    return hasher.hexdigest()[:12]
 
 
 def held_back(slimmed: Slimmed) -> tuple[dict[str, int], dict[str, str]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from prune2deploy.errors import InputError
 from prune2deploy.graph.bounds.interval import interval, zero
@@ -24,6 +25,9 @@ from prune2deploy.graph.groupnorm import restore_group_norms
 from prune2deploy.graph.model import copy_of
 from prune2deploy.graph.node import FLOATS, Node, Operand, Tables, tables
 from prune2deploy.graph.normal import normalise
+
+REAL = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+"""The floating types, as files number them."""
 
 End = float | np.ndarray
 InputRanges = Mapping[str, tuple[End, End]]
@@ -60,7 +64,7 @@ def output_bound(reference: onnx.ModelProto, changed: onnx.ModelProto, input_ran
     Args:
         reference: the graph as it was.
         changed: the same graph with other weights.
-        input_ranges: the box, one entry per input.
+        input_ranges: the box, one entry per input of `real_inputs`; the others may hold anything.
 
     Raises:
         InputError: if the graphs differ in more than weights, or the box does not fit the inputs.
@@ -72,7 +76,8 @@ def output_bound(reference: onnx.ModelProto, changed: onnx.ModelProto, input_ran
     culprits: dict[str, str] = {}
     producers: dict[str, Node] = {}
     for node, other in zip(before.nodes, after.nodes, strict=True):
-        found = _found(Step(node, other, values, producers))
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond float64 nothing is known, and that is no warning
+            found = _found(Step(node, other, values, producers))
         blame = next((culprits[operand.name] for operand in node.inputs if operand.name in culprits), None)
         for operand, value in zip(node.outputs, found, strict=True):
             values[operand.name], producers[operand.name] = value, node
@@ -84,6 +89,14 @@ def output_bound(reference: onnx.ModelProto, changed: onnx.ModelProto, input_ran
         value = values[operand.name] if held[0] is None or held[1] is None else constants(held[0], held[1])
         result[operand.name] = _bound(value, culprits.get(operand.name))
     return result
+
+
+def real_inputs(model: onnx.ModelProto) -> list[str]:
+    """Return the inputs that hold floating-point numbers, and so need a range; not those that initializers fill."""
+    held = {tensor.name for tensor in model.graph.initializer}
+    return [
+        value.name for value in model.graph.input if value.name not in held and value.type.tensor_type.elem_type in REAL
+    ]
 
 
 def _tables_of(model: onnx.ModelProto) -> Tables:

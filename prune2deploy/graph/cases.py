@@ -67,7 +67,7 @@ def made_cases(
         for label, make in _MAKERS.items():
             if label in FAR and not far:
                 continue
-            feeds = {name: _typed(make(random, concrete[name]), kind) for name, (kind, _) in inputs.items()}
+            feeds = {name: typed(make(random, concrete[name]), kind) for name, (kind, _) in inputs.items()}
             yield Case(label, f"{label}, batch {batch}", feeds)
     if samples is not None:
         missing = [name for name in inputs if name not in samples]
@@ -145,7 +145,8 @@ _TYPES = {
 _INTEGERS: dict[type, tuple[int, int]] = {np.int8: (-128, 127), np.uint8: (0, 255)}
 
 
-def _typed(values: np.ndarray, kind: str) -> np.ndarray:
+def typed(values: np.ndarray, kind: str) -> np.ndarray:
+    """Return values as an input of a type, as ONNX Runtime writes it; whole numbers lie where indices do."""
     dtype = _TYPES.get(kind)
     if dtype is None:
         raise InputError(f"inputs of type {kind} cannot be made up; give real samples")

@@ -61,7 +61,7 @@ def load_drops(path: Path) -> Drops:
     text = require_file(path, "a file of channels to drop").read_bytes()
     try:
         document = json.loads(text, object_pairs_hook=_without_repeats)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"'{path}' cannot be read as JSON ({one_line(error, 120)}); give {FORMS}") from error
     if isinstance(document, dict) and document and all(_is_indices(value) for value in document.values()):
         return IndexLists({name: tuple(value) for name, value in document.items()})

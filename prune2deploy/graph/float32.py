@@ -48,12 +48,7 @@ def _retype_tensor(tensor: onnx.TensorProto) -> None:
 
 def has_other_floats(graph: Path | bytes) -> bool:
     """Return whether a graph has weights of another type that `in_float32` replaces."""
-    model = (
-        onnx.load(str(graph), format="protobuf", load_external_data=False)
-        if isinstance(graph, Path)
-        else onnx.load_from_string(graph)
-    )
-    return any(tensor.data_type in _OTHER_FLOATS for tensor in model.graph.initializer)
+    return any(tensor.data_type in _OTHER_FLOATS for tensor in read_bare(graph).graph.initializer)
 
 
 def read_bare(graph: Path | bytes) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ import onnx
 
 from prune2deploy.errors import one_line
 from prune2deploy.graph.groupnorm import stand_in_group_norms
-from prune2deploy.graph.sizes import Shape, is_open, read_shape
+from prune2deploy.graph.sizes import BY, Shape, is_open, read_shape
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +18,11 @@ SMALL_CONSTANT = 1024
 
 PLACEHOLDERS = frozenset({"", "?", "-1", "none", "unk", "unknown", "dynamic", "any"})
 """What exporters write for a size of which they know nothing: two such are not one size."""
+
+
+def says_nothing(size: str) -> bool:
+    """Whether the name of an input's size tells nothing, or might be mistaken for a product of sizes."""
+    return size.lower() in PLACEHOLDERS or BY in size
 
 
 def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
@@ -37,7 +42,7 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     bare.graph.input.extend(model.graph.input)
     for value in bare.graph.input:
         for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param.lower() in PLACEHOLDERS:
+            if says_nothing(dimension.dim_param):
                 dimension.ClearField("dim_param")
     made = {name for node in model.graph.node for name in node.output}
     for value in model.graph.output:

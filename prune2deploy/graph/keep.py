@@ -100,19 +100,29 @@ SINGULAR: dict[str, tuple[int, ...]] = {
     "Exp": (0,),
     "Sinh": (0,),
     "Cosh": (0,),
+    "DynamicQuantizeLinear": (0,),
+    "MeanVarianceNormalization": (0,),
+    "ReduceLogSum": (0,),
 }
-"""Inputs for which not every finite value gives a finite result."""
+"""Inputs for which not every finite value gives a finite result, or one that leaves the other results alone."""
+
+
+def _singular(node: Node) -> tuple[int, ...]:
+    if node.domain:
+        return ()
+    return (0,) if node.attribute("epsilon") == 0 else SINGULAR.get(node.op_type, ())
 
 
 def _risky(tables: Tables, known: Known, liveness: Liveness, keep: Keep) -> dict[tuple[int, int], np.ndarray]:
     """Return the positions that stay without being live where a value that is free could become infinite or NaN.
 
-    A zero weight does not silence those: the reader's ``0 * inf`` would be NaN. They must be computed as they were.
+    A zero weight does not silence those: the reader's ``0 * inf`` would be NaN. They must be computed as they were; so
+    must what enters a range that all results share.
     """
     found = {}
     for index in liveness.needed:
         node = tables.nodes[index]
-        for slot in SINGULAR.get(node.op_type, ()) if not node.domain else ():
+        for slot in _singular(node):
             name = node.inputs[slot].name
             if not node.inputs[slot].is_value or name not in liveness.live:
                 continue

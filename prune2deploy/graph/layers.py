@@ -149,11 +149,11 @@ def macs_after(work: Work | None, analysis: Analysis) -> int | None:
     into = kept_size(work.into, work.into_size, analysis)
     if work.divisor == 1:
         return _macs(work, out, into)
-    pairs = _by_group(work.out, work.out_size, work, analysis) * _by_group(work.into, work.into_size, work, analysis)
+    pairs = by_group(work.out, work.out_size, work, analysis) * by_group(work.into, work.into_size, work, analysis)
     return work.coefficient * int(pairs.sum())
 
 
-def _by_group(axis: Axis, size: int, work: Work, analysis: Analysis) -> np.ndarray:
+def by_group(axis: Axis, size: int, work: Work, analysis: Analysis) -> np.ndarray:
     """Return the kept positions of an axis by group of a grouped convolution."""
     mask = analysis.keep.kept.get((axis.value, axis.axis), np.ones(size, dtype=bool))
     return np.asarray(mask.reshape(work.divisor, -1).sum(axis=1))

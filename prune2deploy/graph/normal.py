@@ -13,7 +13,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.graph.fold import fold_constants
 from prune2deploy.graph.groupnorm import fuse_group_norms, restore_group_norms, settle_casts
-from prune2deploy.graph.infer import PLACEHOLDERS, SMALL_CONSTANT, infer_shapes
+from prune2deploy.graph.infer import SMALL_CONSTANT, infer_shapes, says_nothing
 from prune2deploy.graph.open_sizes import name_sizes
 from prune2deploy.graph.order import remove_dead_nodes, sort_nodes
 from prune2deploy.graph.shapes import fold_shapes
@@ -70,7 +70,7 @@ def _imported(model: onnx.ModelProto) -> gs.Graph:
     graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]
     for tensor in graph.inputs:
         if tensor.shape is not None:
-            tensor.shape = [None if str(size).lower() in PLACEHOLDERS else size for size in tensor.shape]
+            tensor.shape = [None if says_nothing(str(size)) else size for size in tensor.shape]
     return graph
 
 
@@ -180,11 +180,16 @@ _PASSING: dict[str, Callable[[onnx.NodeProto, Constants], bool]] = {
 }
 
 
-def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
+def restore(graph: gs.Graph) -> None:
+    """Put back what the normal form writes in another way for the analysis alone."""
     restore_group_norms(graph)
     restore_shuffles(graph)
     join_windows(graph)
+
+
+def to_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph as a model with the metadata, operator sets and IR version of ``like``, without inner shapes."""
+    restore(graph)
     model = _exported(graph, like)
     del model.graph.value_info[:]
     del model.opset_import[:]

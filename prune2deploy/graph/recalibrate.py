@@ -44,12 +44,7 @@ def recalibrate(model: onnx.ModelProto, batches: Iterable[Feeds]) -> int:
     """
     separate_layers(model)  # a norm's mean may be stored together with another one's
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    norms = [node for node in model.graph.node if _is_measurable(node, constants)]
-    if not norms:
-        raise InputError(
-            "the file has no BatchNormalization to measure anew (they may be folded into the convolutions); "
-            "leave --recalibrate out, or export the network with its norms"
-        )
+    norms = norms_of(model)
     measured = _measure(_written_out(model, norms), len(norms), batches)
     found: dict[tuple[str, str], list[_Statistics]] = {}
     for node, statistics in zip(norms, measured, strict=True):
@@ -59,6 +54,22 @@ def recalibrate(model: onnx.ModelProto, batches: Iterable[Feeds]) -> int:
             dtype = numpy_helper.to_array(constants[name]).dtype
             write(constants[name], np.mean(values, axis=0).astype(dtype))
     return len(found)
+
+
+def norms_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the norms of a graph that can be measured anew.
+
+    Raises:
+        InputError: if there are none.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    norms = [node for node in model.graph.node if _is_measurable(node, constants)]
+    if not norms:
+        raise InputError(
+            "the file has no BatchNormalization to measure anew (they may be folded into the convolutions); "
+            "leave --recalibrate out, or export the network with its norms"
+        )
+    return norms
 
 
 @dataclass(frozen=True, eq=False)

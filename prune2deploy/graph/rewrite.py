@@ -14,19 +14,16 @@ from prune2deploy import __version__
 from prune2deploy.graph.constants import write_constants
 from prune2deploy.graph.fact import digest
 from prune2deploy.graph.fold import fold_constants
-from prune2deploy.graph.groupnorm import restore_group_norms
 from prune2deploy.graph.keep import Analysis, analyse
 from prune2deploy.graph.layers import LayerRow, layer_rows, totals
 from prune2deploy.graph.names import fresh
 from prune2deploy.graph.node import Node, Operand, tables
-from prune2deploy.graph.normal import normalise, to_model
+from prune2deploy.graph.normal import normalise, restore, to_model
 from prune2deploy.graph.order import all_inputs, redirect, remove_dead_nodes
 from prune2deploy.graph.rules.base import Piece, View
-from prune2deploy.graph.shuffle import restore_shuffles
 from prune2deploy.graph.stored import Stored
 from prune2deploy.graph.uneven import GroupChoice, choose_groups
 from prune2deploy.graph.validity import blaming_the_file
-from prune2deploy.graph.windows import join_windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +168,7 @@ def _apply(graph: gs.Graph, analysis: Analysis) -> _Writer:
         if node.index in analysis.liveness.needed and rule is not None:
             rule.drop(node, NodeEdit(analysis, node, target, writer))
     writer.place_nodes()
-    restore_group_norms(graph)
-    restore_shuffles(graph)
-    join_windows(graph)
+    restore(graph)
     write_constants(graph, analysis)
     remove_dead_nodes(graph)
     if analysis.liveness.constants:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from prune2deploy.graph.keep import Analysis, settle
-from prune2deploy.graph.layers import layer_name, layer_rows, macs_after, totals
+from prune2deploy.graph.layers import by_group, layer_name, layer_rows, macs_after, totals
 from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules.base import Axis, Work
 
@@ -84,7 +84,7 @@ def _uneven(analysis: Analysis) -> dict[int, Work]:
             continue
         live = [_live(work.out, work, analysis), _live(work.into, work, analysis)]
         active = (live[0] > 0) | (live[1] > 0)
-        if (_kept(work.out, work.out_size, work, analysis) > 0)[live[1] == 0].any():
+        if (by_group(work.out, work.out_size, work, analysis) > 0)[live[1] == 0].any():
             continue  # constants that others want: alone they would be a layer of zeros
         if any(len(np.unique(counts[active])) > 1 for counts in live):
             found[node.index] = work if work.coefficient is not None else replace(work, coefficient=1)
@@ -113,15 +113,10 @@ def _parts(work: Work, analysis: Analysis) -> int:
     """Return how many runs of groups with equal numbers there are; groups that are gone do not count."""
     assert work.into is not None
     shapes = np.stack(
-        [_kept(work.out, work.out_size, work, analysis), _kept(work.into, work.into_size, work, analysis)]
+        [by_group(work.out, work.out_size, work, analysis), by_group(work.into, work.into_size, work, analysis)]
     )
     shapes = shapes[:, shapes[0] > 0]
     return 1 + int((shapes[:, 1:] != shapes[:, :-1]).any(axis=0).sum())
-
-
-def _kept(axis: Axis, size: int, work: Work, analysis: Analysis) -> np.ndarray:
-    mask = analysis.keep.kept.get((axis.value, axis.axis), np.ones(size, dtype=bool))
-    return np.asarray(mask.reshape(work.divisor, -1).sum(axis=1))
 
 
 def _worth(even: int, split: int, parts: int) -> bool:

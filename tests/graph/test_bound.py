@@ -13,12 +13,15 @@ from onnx.helper import make_node as node
 from graph.random_graphs import PLAIN, models
 from graph.small import copy_of, graph, run, weights
 from prune2deploy.errors import InputError
-from prune2deploy.graph.bound import Bound, output_bound
+from prune2deploy.graph.bound import Bound, output_bound, real_inputs
 from prune2deploy.graph.bounds.curves import CURVES, GELU, GELU_TANH, MISH, RSQRT, SWISH, Curve, apply_curve, hard_swish
 from prune2deploy.graph.bounds.interval import interval, largest_singular_value
-from prune2deploy.graph.bounds.ranges import ranges
+from prune2deploy.graph.bounds.ranges import free, ranges, unknown
 from prune2deploy.graph.bounds.rules import POWERS, RULES
+from prune2deploy.graph.bounds.step import Step
 from prune2deploy.graph.change import measured_change
+from prune2deploy.graph.node import tables
+from prune2deploy.graph.normal import normalise
 from prune2deploy.graph.tolerance import zero_near_dead
 
 SLACK = 3e-5
@@ -268,9 +271,9 @@ def test_the_measured_change_of_a_linear_layer_is_that_of_its_corners() -> None:
     model = graph([node("Conv", ["x", "w"], ["y"])], {"w": weight}, {"x": ["N", 3, 4, 4]}, ["y"])
     changed = with_constants(model, w=weight + 0.25)
     low, high = np.array([-9.0, 0.0, -1.0]), np.array([9.0, 2.0, 1.0])
-    assert measured_change(model, changed, {"x": (low, high)})["y"] == pytest.approx(3.0, rel=1e-5)
+    assert measured_change(model, changed, {"x": (low, high)})["y"].largest == pytest.approx(3.0, rel=1e-5)
     assert output_bound(model, changed, {"x": (low, high)})["y"].largest == pytest.approx(3.0, rel=1e-5)
-    assert measured_change(model, model, {"x": (-1, 1)})["y"] == 0
+    assert measured_change(model, model, {"x": (-1, 1)})["y"].largest == 0
     with pytest.raises(InputError, match="ONNX Runtime cannot measure the change"):
         measured_change(model, changed, {"x": (-1, 1)}, shapes={"x": (1, 4, 4, 4)})
 
@@ -340,6 +343,213 @@ def test_a_choice_that_the_change_can_turn_takes_either_side(op: str) -> None:
     model = graph(nodes, constants, {"x": [1, 3, 4, 4]}, ["y"])
     bound = check_bound(model, with_constants(model, w=-weights(2, 3, 1, 1)))["y"]
     assert 7 <= bound.largest < np.inf
+
+
+def test_a_choice_by_element_is_as_long_as_both_sides_together() -> None:
+    """Each side turns x, so is no longer than x; the larger element of each makes a vector that is longer."""
+    half = np.sqrt(0.5)
+    constants = {
+        "w": np.array([[half, half], [half, -half]], np.float32),
+        "v": np.array([[half, half], [-half, half]], np.float32),
+        "sign": np.array([[1, -1]], np.float32),
+        "zero": np.float32(0),
+        "u": np.ones((2, 1), np.float32),
+    }
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("MatMul", ["x", "v"], ["b"]),
+        node("Mul", ["x", "sign"], ["s"]),
+        node("Greater", ["s", "zero"], ["c"]),
+        node("Where", ["c", "a", "b"], ["z"]),
+        node("MatMul", ["z", "u"], ["y"]),
+    ]
+    model = graph(nodes, constants, {"x": [1, 2]}, ["y"])
+    bound = check_bound(model, with_constants(model, u=np.zeros((2, 1))))["y"].largest
+    assert bound == pytest.approx(2 * np.sqrt(2), rel=1e-6)  # x = (1, 1) attains it
+
+
+CHOICES: list[tuple[str, list[Any], dict[str, Any]]] = [
+    ("Concat", ["a", "b"], {"axis": 2}),
+    ("Pad", ["a", np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), np.float32(0.6)], {}),
+    (
+        "Resize",
+        ["a", np.array([0, 0, -0.5, -0.5, 1, 1, 1.5, 1.5], np.float32), "", np.array([1, 2, 8, 8], np.int64)],
+        {"coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": 0.6},
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "inputs", "attributes"), CHOICES, ids=[choice[0] for choice in CHOICES])
+def test_a_choice_by_place_holds_for_the_sum_of_its_channels(
+    op: str, inputs: list[Any], attributes: dict[str, Any]
+) -> None:
+    half = np.sqrt(0.5)
+    turn = np.array([[half, half], [half, -half]], np.float32)[:, :, None, None]
+    constants: dict[str, Any] = {"w": turn, "v": turn[::-1].copy(), "u": np.ones((1, 2, 1, 1), np.float32)}
+    names = []
+    for slot, item in enumerate(inputs):
+        names.append(item if isinstance(item, str) else f"k{slot}")
+        constants |= {} if isinstance(item, str) else {f"k{slot}": item}
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Conv", ["x", "v"], ["b"]),
+        node(op, names, ["z"], **attributes),
+        node("Conv", ["z", "u"], ["y"]),
+    ]
+    model = graph(nodes[: 1 if op != "Concat" else 2] + nodes[2:], constants, {"x": [1, 2, 4, 4]}, ["y"])
+    check_bound(model, with_constants(model, u=np.zeros((1, 2, 1, 1))))
+    check_bound(model, with_constants(model, u=-np.ones((1, 2, 1, 1))))
+
+
+def deep(layers: int) -> onnx.ModelProto:
+    nodes, value = [], "x"
+    for layer in range(layers):
+        nodes.append(node("Conv", [value, "w0" if layer == 0 else "w"], [f"a{layer}"]))
+        nodes.append(node("Concat", [f"a{layer}", f"a{layer}"], [f"b{layer}"], axis=1))
+        value = f"b{layer}"
+    nodes.append(node("Sigmoid", [value], ["y"]))
+    constants = {"w0": 1e3 * weights(4, 4, 1, 1), "w": 1e3 * weights(4, 8, 1, 1)}
+    return graph(nodes, constants, {"x": [1, 4, 2, 2]}, ["y"])
+
+
+@pytest.mark.parametrize(("layers", "reach"), [(100, 1.0), (3, 1e150), (3, 1e300), (3, 1.7e308)])
+def test_numbers_beyond_float64_are_infinite_and_raise_nothing(layers: int, reach: float) -> None:
+    model = deep(layers)
+    changed = with_constants(model, w0=1e3 * weights(4, 4, 1, 1, zero=(0,)))
+    assert 0.5 <= output_bound(model, changed, {"x": (-reach, reach)})["y"].largest <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "ReduceL2", "Softmax", "Mul", "MatMul", "ReduceMean", "Pow"])
+def test_squares_and_sums_beyond_float64_raise_nothing(op: str) -> None:
+    second: dict[str, Any] = {"LayerNormalization": np.ones(4), "ReduceL2": np.array([1]), "ReduceMean": np.array([1])}
+    constants: dict[str, Any] = {"w": weights(4, 4), "two": np.float32(2)}
+    names = {"Softmax": ["a"], "Mul": ["a", "x"], "MatMul": ["a", "x"], "Pow": ["a", "two"]}.get(op, ["a", "k"])
+    if op in second:
+        constants["k"] = second[op].astype(np.float32 if op == "LayerNormalization" else np.int64)
+    model = graph([node("MatMul", ["x", "w"], ["a"]), node(op, names, ["y"])], constants, {"x": [4, 4]}, ["y"])
+    changed = with_constants(model, w=weights(4, 4, zero=(0,)))
+    assert output_bound(model, changed, {"x": (-1e200, 1e200)})["y"].largest > 0
+
+
+@pytest.mark.parametrize("domain", ["", "own"])
+def test_a_gate_of_another_domain_is_no_gate(domain: str) -> None:
+    """An operator that is called Softplus elsewhere may compute anything."""
+    nodes = [node("Softplus", ["x"], ["s"]), node("Tanh", ["s"], ["g"]), node("Mul", ["x", "g"], ["y"])]
+    model = graph(nodes, {}, {"x": [1, 3]}, ["y"])
+    model.graph.node[0].domain = domain
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    made = tables(normalise(model)).nodes
+    producers = {output.name: one for one in made for output in one.outputs}
+    one = np.ones((1, 3))
+    values = {"x": free(interval(-one, one), interval(-one, one)), "g": unknown((1, 3), same=False)}
+    (found,) = RULES["Mul"](Step(made[2], made[2], values, producers)) or ()
+    assert np.isfinite(found.difference.magnitude).all() == (domain == "")
+
+
+def test_a_factor_that_reads_nothing_is_no_gate() -> None:
+    nodes = [node("RandomNormal", [], ["r"], shape=[1, 3, 4, 4]), node("Mul", ["x", "r"], ["y"])]
+    model = graph(nodes, {}, {"x": [1, 3, 4, 4]}, ["y"])
+    assert output_bound(model, model, {"x": (0, 1)})["y"].largest == np.inf
+
+
+# --- inputs that are no real numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("element", "most"), [(onnx.TensorProto.UINT8, 255), (onnx.TensorProto.INT8, 128), (onnx.TensorProto.BOOL, 1)]
+)
+def test_what_a_narrow_type_can_hold_bounds_what_is_cast_from_it(element: int, most: int) -> None:
+    nodes = [node("Cast", ["x"], ["f"], to=onnx.TensorProto.FLOAT), node("Conv", ["f", "w"], ["y"])]
+    constants = {"w": np.ones((1, 1, 1, 1), np.float32)}
+    types = {"x": element, "y": onnx.TensorProto.FLOAT}
+    model = graph(nodes, constants, {"x": [1, 1, 4, 4]}, {"y": [1, 1, 4, 4]}, element=types)
+    changed = with_constants(model, w=np.zeros((1, 1, 1, 1)))
+    assert real_inputs(model) == []
+    assert output_bound(model, changed, {})["y"].largest == pytest.approx(most)
+    assert 0 < measured_change(model, changed, {})["y"].largest <= most
+
+
+def test_wide_integers_are_the_same_in_both_graphs_and_otherwise_unknown() -> None:
+    nodes = [
+        node("Cast", ["i"], ["f"], to=onnx.TensorProto.FLOAT),
+        node("MatMul", ["x", "w"], ["y"]),
+        node("MatMul", ["f", "w"], ["z"]),
+        node("Add", ["x", "f"], ["s"]),
+    ]
+    types = {"i": onnx.TensorProto.INT64, **dict.fromkeys("xyzs", onnx.TensorProto.FLOAT)}
+    shapes = {name: [1, 3] for name in "yzs"}
+    model = graph(nodes, {"w": weights(3, 3)}, {"x": [1, 3], "i": [1, 3]}, shapes, element=types)
+    changed = with_constants(model, w=weights(3, 3) * 2)
+    assert real_inputs(model) == ["x"]
+    bounds = output_bound(model, changed, {"x": (-1, 1)})
+    assert np.isfinite(bounds["y"].largest)
+    assert bounds["z"].largest == np.inf
+    assert bounds["s"].largest == 0
+    measured = measured_change(model, changed, {"x": (-1, 1)})
+    assert measured["y"].largest <= bounds["y"].largest * (1 + 1e-12)
+    assert measured["z"].largest > bounds["y"].largest  # not drawn from the box of x
+    assert measured["s"].largest == 0
+
+
+# --- what was measured ------------------------------------------------------------------------------------------------
+
+
+def test_graphs_without_convolutions_are_measured_in_float64() -> None:
+    weight = weights(8, 8)
+    nodes = [node("Gemm", ["x", "w"], ["a"]), node("Relu", ["a"], ["b"]), node("Gemm", ["b", "w"], ["y"])]
+    model = graph(nodes, {"w": weight}, {"x": ["N", 8]}, ["y"])
+    changed = weight.copy()
+    changed[0, 0] += 1e-7
+    found = measured_change(model, with_constants(model, w=changed), {"x": (-3, 3)})["y"]
+    assert found.computed_in == "float64"
+    assert 0 < found.largest <= output_bound(model, with_constants(model, w=changed), {"x": (-3, 3)})["y"].largest
+
+
+@pytest.mark.parametrize(
+    ("element", "computed_in"),
+    [
+        (onnx.TensorProto.FLOAT, "float32"),
+        (onnx.TensorProto.BFLOAT16, "float32"),
+        (onnx.TensorProto.DOUBLE, "float32"),
+        (onnx.TensorProto.FLOAT16, "float16"),
+    ],
+)
+def test_convolutions_are_measured_with_their_rounding(element: int, computed_in: str) -> None:
+    """The bound may lie below what rounding moves; how much that is, is said."""
+    weight = weights(4, 64, 3, 3)
+    weight[0, 0, 0, 0] = 1e-9
+    constants = {"w": weight.astype(onnx.helper.tensor_dtype_to_np_dtype(element))}
+    model = graph([node("Conv", ["x", "w"], ["y"])], constants, {"x": [1, 64, 8, 8]}, ["y"], opset=22, element=element)
+    weight[0, 0, 0, 0] = 0
+    changed = with_constants(model, w=weight)
+    found = measured_change(model, changed, {"x": (-3, 3)})["y"]
+    assert found.computed_in == computed_in
+    bound = output_bound(model, changed, {"x": (-3, 3)})["y"].largest
+    assert bound < 1e-6
+    if computed_in == "float32":
+        assert found.rounding > bound
+        assert found.largest <= bound + 8 * found.rounding
+
+
+def divided() -> onnx.ModelProto:
+    nodes = [node("Mul", ["x", "w"], ["a"]), node("Div", ["a", "a"], ["y"])]
+    return graph(nodes, {"w": np.full((1, 4), 1e-9, np.float32)}, {"x": [1, 4]}, ["y"])
+
+
+def test_what_only_one_graph_has_as_no_number_is_an_infinite_change() -> None:
+    model = divided()
+    changed = with_constants(model, w=np.zeros((1, 4)))
+    for pair in ((model, changed), (changed, model)):
+        found = measured_change(*pair, {"x": (1, 2)})["y"]
+        assert found.largest == np.inf
+        assert found.to_json()["measured"] is None
+
+
+def test_where_neither_graph_has_a_number_nothing_was_measured() -> None:
+    model = with_constants(divided(), w=np.zeros((1, 4)))
+    found = measured_change(model, model, {"x": (1, 2)})["y"]
+    assert np.isnan(found.largest)
+    assert found.to_json() == {"measured": None, "rounding": None, "computed_in": "float64"}
 
 
 def test_graphs_of_different_structure_are_refused() -> None:

@@ -1,11 +1,14 @@
 """Sizes that exporters leave open: the batch behind a Reshape, windows, slices of the whole batch."""
 
+import time
+
 import numpy as np
 import onnx
 import pytest
 from onnx import helper
+from onnx.helper import make_node as node
 
-from graph.small import copy_of, initializer, operators, parse, slim_and_verify, weights
+from graph.small import copy_of, graph, initializer, operators, parse, slim_and_verify, weights
 from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.graph.rewrite import Slimmed
 from prune2deploy.graph.sizes import is_open, product, quotient
@@ -174,3 +177,59 @@ def test_channels_pass_an_expand_and_a_resize_to_computed_sizes() -> None:
     made = model(nodes, channels=ints(1), zeros=ints(0), **constants)
     shapes = [tensor.shape for node in normalise(copy_of(made)).nodes for tensor in node.outputs if node.op != "Shape"]
     assert not [shape for shape in shapes if any(is_open(size) for size in shape)]
+
+
+def test_sizes_that_are_doubled_together_stay_two_entries() -> None:
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Slice", ["s", "two", "four", "zero"], ["hw"]),
+        node("Mul", ["hw", "twos"], ["doubled"]),
+        node("Slice", ["s", "zero", "one", "zero"], ["n"]),
+        node("Concat", ["n", "one", "doubled"], ["t"], axis=0),
+        node("Conv", ["x", "w"], ["c"]),
+        node("Reshape", ["c", "t"], ["y"]),
+    ]
+    constants = {"two": ints(2), "four": ints(4), "zero": ints(0), "one": ints(1), "twos": ints(2, 2)}
+    constants |= {"w": weights(4, 3, 1, 1)}
+    slim_and_verify(graph(nodes, constants, {"x": ["N", 3, "H", "W"]}, {"y": ["N", 1, "H2", "W2"]}))
+
+
+def test_a_size_that_is_added_to_itself_again_and_again_is_read_once() -> None:
+    added = " ".join(f"n{i + 1} = Add (n{i}, n{i})" for i in range(60))
+    nodes = f"n0 = Identity (n) {added} b = Unsqueeze (n60, zeros) c = Sub (b, b) t = Concat <axis = 0> (rest, c) " + (
+        "u = Reshape (a, rest) z = Identity (a)"
+    )
+    text = model(nodes, zeros=ints(0), rest=ints(-1))
+    start = time.process_time()
+    normalise(text)
+    assert time.process_time() - start < 5  # each one twice would be for ever
+
+
+def test_an_input_s_own_name_is_no_product_of_others() -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Reshape", ["a", "split"], ["r"]),
+        node("Shape", ["r"], ["s"]),
+        node("Gather", ["s", "first"], ["n"]),
+        node("Concat", ["n", "rest"], ["t"], axis=0),
+        node("Reshape", ["other", "t"], ["y"]),
+    ]
+    constants = {"w": weights(8, 3, 1, 1), "split": ints(-1, 4, 8, 8), "first": ints(0), "rest": ints(-1)}
+    inputs = {"x": ["N", 3, 8, 8], "other": ["2 x N", 6]}
+    slim_and_verify(graph(nodes, constants, inputs, {"y": ["A", "B"]}))
+
+
+@pytest.mark.parametrize(
+    ("batch", "first", "perm"), [(1, [1, 4, 2, 2, 2], [0, 1, 2, 4, 3]), ("N", [-1, 2, 2, 2], [0, 1, 3, 2])]
+)
+def test_a_shuffle_of_space_lets_channels_go(batch: int | str, first: list[int], perm: list[int]) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Reshape", ["a", "first"], ["r"]),
+        node("Transpose", ["r"], ["t"], perm=perm),
+        node("Reshape", ["t", "last"], ["q"]),
+        node("Conv", ["q", "v"], ["y"]),
+    ]
+    constants = {"w": weights(4, 3, 1, 1, zero=(1,)), "v": weights(3, 4, 1, 1, seed=1), "first": ints(*first)}
+    constants |= {"last": ints(-1, 4, 2, 4)}
+    slimmed_to(graph(nodes, constants, {"x": [batch, 3, 2, 4]}, ["y"]), 3, 3)

@@ -1,11 +1,13 @@
 """Near-dead weights: which are set to zero, that shared ones share a decision, and what removal then finds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from command_line import done
 from onnx import TensorProto
 from onnx.helper import make_node as node
 
@@ -151,6 +153,61 @@ def test_near_dead_filters_go_and_the_change_is_within_the_bound() -> None:
     feeds = {"x": np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 8)).astype(np.float32)}
     moved = np.abs(run(model, feeds)["y"].astype(float) - run(slim.model, feeds)["y"]).max()
     assert moved <= bound + 1e-5
+
+
+def told(model: onnx.ModelProto, folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what `slim --tolerance 1e-6` says of the change, as JSON and on the screen."""
+    onnx.save(model, folder / "model.onnx")
+    arguments = ("slim", folder / "model.onnx", "-o", folder / "slim.onnx", "--tolerance", "1e-6")
+    found = json.loads(done(*arguments, "--json"))["slim"]["tolerance"]
+    return found, " ".join(done(*arguments).split())
+
+
+def test_a_bound_below_the_rounding_is_shown_beside_it(tmp_path: Path) -> None:
+    weight = weights(4, 64, 3, 3)
+    weight[:, :32] *= 1e-9
+    found, text = told(conv_model(weight), tmp_path)
+    (output,) = found["outputs"]
+    assert output["computed_in"] == "float32"
+    assert output["rounding"] > 0
+    bound, measured = output["bound"]["largest"], output["measured"]
+    assert f"'y' moves by at most {bound:.2e} in exact arithmetic; measured {measured:.2e}, rounding included" in text
+    assert f"(float32: about {output['rounding']:.0e})" in text
+
+
+def test_a_number_that_is_lost_is_told_as_such(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "w"], ["a"]), node("Div", ["a", "a"], ["y"], name="ratio")]
+    weight = weights(2, 1, 1, 1)
+    weight[1] = 1e-9
+    found, text = told(graph(nodes, {"w": weight}, {"x": [1, 1, 4, 4]}, ["y"]), tmp_path)
+    assert found["outputs"][0]["measured"] is None
+    assert "'y': no bound on how far it moves is known (because of ratio (Div)); measured no finite number" in text
+
+
+@pytest.mark.parametrize("element", [TensorProto.UINT8, TensorProto.INT32, TensorProto.BOOL, TensorProto.BFLOAT16])
+def test_inputs_of_any_type_that_runs_are_taken(element: int, tmp_path: Path) -> None:
+    weight = weights(8, 3, 1, 1)
+    weight[[1, 4]] *= 1e-9
+    real = element == TensorProto.BFLOAT16
+    kind = element if real else TensorProto.FLOAT
+    constants = {
+        "w": weight.astype(onnx.helper.tensor_dtype_to_np_dtype(kind)),
+        "v": weights(2, 8, 1, 1).astype(onnx.helper.tensor_dtype_to_np_dtype(kind)),
+    }
+    nodes = [
+        node("Cast", ["x"], ["f"], to=kind),
+        node("Conv", ["f", "w"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "v"], ["y"]),
+    ]
+    types = {"x": element, "y": kind}
+    model = graph(nodes, constants, {"x": ["N", 3, 4, 4]}, {"y": ["N", 2, 4, 4]}, opset=22, element=types)
+    found, text = told(model, tmp_path)
+    assert found["filters"] == 2
+    assert found["range"] == ({"x": [-3, 3]} if real else {})
+    assert ("For 'x' in [-3, 3]:" if real else "For any input:") in text
+    assert found["outputs"][0]["measured"] is not None
+    assert (found["outputs"][0]["bound"]["largest"] is None) == (element == TensorProto.INT32)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,81 @@ def test_on_usual_inputs_no_more_than_a_hundredth_is_put_down_to_rounding() -> N
         verify(*wavering(1.0, slope=1.002))
 
 
+def test_a_reference_that_amplifies_rounding_without_bound_proves_nothing_and_is_refused() -> None:
+    made = []
+    for seed in (0, 9):
+        nodes = [
+            node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+            node("BatchNormalization", ["c", "s", "b", "m", "v"], ["n"]),
+            node("Mul", ["n", "k"], ["a"]),
+            node("Sin", ["a"], ["y"]),
+        ]
+        constants = {name: np.abs(weights(4, seed=place)) + 0.5 for place, name in enumerate("sbmv", 2)}
+        constants |= {"w": weights(4, 3, 3, 3, seed=seed), "k": np.float32(1e8)}
+        made.append(data(graph(nodes, constants, {"x": IMAGE}, ["y"])))
+    with pytest.raises(VerifyError, match="differs"):
+        verify(made[0], made[1])
+
+
+def test_an_error_beside_a_channel_that_proves_nothing_is_caught() -> None:
+    """On large inputs alone: one channel amplifies rounding, in the other the graphs differ."""
+
+    def build(half: bool, not_a_number: bool) -> bytes:
+        nodes = [
+            node("Conv", ["x", "w", "b"], ["c"]),
+            node("Relu", ["c"], ["r"]),
+            node("Split", ["r"], ["r0", "r1"], axis=1, num_outputs=2),
+            node("Mul", ["r0", "gain"], ["g"]),
+            node("Sin", ["g"], ["s"]),
+            node("Neg", ["r0"], ["below"]),
+            node("Sqrt", ["below"], ["root"]),
+            node("Add", ["s", "root"], ["broken"]),
+            node("Mul", ["r1", "factor"], ["f"]),
+            node("Concat", ["broken" if not_a_number else "s", "f"], ["y"], axis=1),
+        ]
+        used = nodes if not_a_number else [one for one in nodes if one.output[0] not in ("below", "root", "broken")]
+        constants = {"w": weights(2, 3, 1, 1), "b": np.full(2, -60, np.float32), "gain": np.float32(1e6)}
+        constants |= {"factor": np.float32(0.5 if half else 1)}
+        return data(graph(used, constants, {"x": ["N", 3, 8, 8]}, ["y"]))
+
+    for half, not_a_number in ((True, False), (True, True), (False, True)):
+        with pytest.raises(VerifyError, match="large"):
+            verify(build(False, False), build(half, not_a_number))
+
+
+def test_a_channel_of_maps_that_end_in_channels_is_not_hidden_by_the_others() -> None:
+    rows = weights(4, 3, 1, 1)
+    rows[0] *= 1000
+    rows[1] *= 0.01
+    lost = rows.copy()
+    lost[1] = 0
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Transpose", ["c"], ["y"], perm=[0, 2, 3, 1])]
+    made = [data(graph(nodes, {"w": array}, {"x": ["N", 3, 8, 8]}, ["y"])) for array in (rows, lost)]
+    with pytest.raises(VerifyError, match="differs"):
+        verify(made[0], made[1])
+
+
+def test_sizes_that_rounding_can_move_end_in_one_line() -> None:
+    """Weights that are factors of sizes are moved by a last place too: 128 becomes 127.99."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Shape", ["c"], ["s"], start=2),
+        node("Cast", ["s"], ["f"], to=TensorProto.FLOAT),
+        node("Mul", ["f", "two"], ["g"]),
+        node("Floor", ["g"], ["h"]),
+        node("Cast", ["h"], ["i"], to=TensorProto.INT64),
+        node("Concat", ["front", "i"], ["sizes"], axis=0),
+        node("Resize", ["c", "", "", "sizes"], ["y"], mode="nearest"),
+    ]
+    constants = {"two": np.array([2, 2], np.float32), "front": np.array([1, 2])}
+    made = [
+        data(graph(nodes, constants | {"w": factor * weights(2, 3, 1, 1)}, {"x": [1, 3, 8, 8]}, ["y"]))
+        for factor in (np.float32(1), np.float32(1.01))
+    ]
+    with pytest.raises(VerifyError, match="differs"):
+        verify(made[0], made[1])
+
+
 def test_an_output_that_is_nothing_but_rounding_is_no_difference() -> None:
     """The mean of what a norm made has no value of its own: it is 0 but for the order of additions."""
     made = []

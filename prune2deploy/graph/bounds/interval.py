@@ -6,6 +6,7 @@ An infinite end means that nothing is known on that side; the values themselves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -120,8 +121,13 @@ def collapse(x: Interval, axes: tuple[int, ...]) -> Interval:
 
 
 def hull(x: Interval, y: Interval) -> Interval:
-    """Return the smallest interval that holds both; of one layout."""
+    """Return the smallest interval that holds both; of one layout. The norm is that of either, not of a mixture."""
     return interval(np.minimum(x.lo, y.lo), np.maximum(x.hi, y.hi), max(x.norm, y.norm))
+
+
+def mixture(x: Interval, y: Interval) -> Interval:
+    """Return the interval of what takes each element from x or from y; of one layout: the squares of both add up."""
+    return interval(np.minimum(x.lo, y.lo), np.maximum(x.hi, y.hi), math.hypot(x.norm, y.norm) * (1 + 4 * UNIT))
 
 
 def with_zero(x: Interval) -> Interval:

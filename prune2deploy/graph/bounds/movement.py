@@ -6,6 +6,7 @@ or elements of a collapsed axis are mixed, the hull stands in for them.
 
 from __future__ import annotations
 
+import math
 from functools import partial, reduce
 
 import numpy as np
@@ -144,7 +145,7 @@ def concat(step: Step) -> Found:
     ]
 
     def joined(pieces: list[Interval]) -> Interval:
-        norm = float(np.sqrt(sum(piece.norm**2 for piece in pieces))) * (1 + 1e-12)
+        norm = math.hypot(*(piece.norm for piece in pieces)) * (1 + 1e-12)
         ends = [np.concatenate([getattr(piece, end) for piece in pieces], axis=axis) for end in ("lo", "hi")]
         return interval(ends[0], ends[1], norm)
 

@@ -16,6 +16,7 @@ from prune2deploy.graph.bounds.interval import (
     interval,
     meet,
     minus,
+    mixture,
     plus,
     point,
     spread,
@@ -126,9 +127,18 @@ def bordered(x: Ranges) -> Ranges:
 
 
 def either(x: Ranges, y: Ranges) -> Ranges:
-    """Return the ranges of a value that is x or y, the same one in both graphs."""
+    """Return the ranges of a value each of whose vectors over the expanded axes is that of x or that of y, whole.
+
+    It is the same one in both graphs.
+    """
     x, y = together(x, y)
     return ranges(hull(x.reference, y.reference), hull(x.changed, y.changed), hull(x.difference, y.difference))
+
+
+def mixed(x: Ranges, y: Ranges) -> Ranges:
+    """Return the ranges of a value each of whose elements is that of x or that of y, the same one in both graphs."""
+    x, y = together(x, y)
+    return ranges(mixture(x.reference, y.reference), mixture(x.changed, y.changed), mixture(x.difference, y.difference))
 
 
 def add(x: Ranges, y: Ranges) -> Ranges:

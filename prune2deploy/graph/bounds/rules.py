@@ -25,16 +25,16 @@ from prune2deploy.graph.bounds.curves import (
     hard_swish,
     piecewise,
 )
-from prune2deploy.graph.bounds.interval import Interval, interval
+from prune2deploy.graph.bounds.interval import Interval, interval, meet
 from prune2deploy.graph.bounds.linear import batch_normalization, conv, conv_transpose, gemm, matmul
 from prune2deploy.graph.bounds.movement import MOVEMENT
 from prune2deploy.graph.bounds.ranges import (
     Ranges,
     add,
     constants,
-    either,
     expanded,
     free,
+    mixed,
     multiply,
     ranges,
     subtract,
@@ -94,11 +94,13 @@ def _multiply(step: Step) -> Found:
 def _gated(step: Step, gate: str, value: str) -> Curve | None:
     """Return the curve of value * gate, where the gate is Sigmoid, HardSigmoid or Tanh(Softplus) of the value."""
     maker = step.producers.get(gate)
-    if maker is None or maker.domain:
+    if maker is None or maker.domain or not maker.inputs:
         return None
     if maker.op_type == "Tanh":
         inner = step.producers.get(maker.inputs[0].name)
-        return MISH if inner is not None and inner.op_type == "Softplus" and inner.inputs[0].name == value else None
+        if inner is None or inner.domain or inner.op_type != "Softplus":
+            return None
+        return MISH if inner.inputs[0].name == value else None
     if maker.inputs[0].name != value:
         return None
     if maker.op_type == "Sigmoid":
@@ -171,7 +173,7 @@ def _extreme(pick: np.ufunc) -> BoundRule:
 
 def _where(step: Step) -> Found:
     condition = step.ranges(0)
-    chosen = either(step.ranges(1), step.ranges(2))
+    chosen = mixed(step.ranges(1), step.ranges(2))
     rank = max(len(chosen.shape), len(condition.shape))
     if condition.same:
         return [to_rank(chosen, rank)]
@@ -185,12 +187,19 @@ def _truth(step: Step) -> Found:
     return [unchanged(value) if all(part.same for part in _every(step)) else free(value, value)]
 
 
+NARROW = {"bool": (0.0, 1.0), "int8": (-128.0, 127.0), "uint8": (0.0, 255.0)}
+"""All that a type can hold; the wider ones say nothing worth bounding by."""
+
+
 def _cast(step: Step) -> Found:
-    if step.node.inputs[0].dtype in FLOATS | {"bool"} and step.output.dtype in FLOATS:
-        return [step.ranges(0)]
-    if step.node.inputs[0].dtype.startswith(("int", "uint")) and step.output.dtype in FLOATS:
-        return [step.ranges(0)]
-    return None
+    dtype, x = step.node.inputs[0].dtype, step.ranges(0)
+    if step.output.dtype not in FLOATS or not (dtype in FLOATS or dtype.startswith(("bool", "int", "uint"))):
+        return None
+    if dtype not in NARROW:
+        return [x]
+    low, high = NARROW[dtype]
+    every = interval(np.full(x.shape, low), np.full(x.shape, high))
+    return [ranges(meet(x.reference, every), meet(x.changed, every), x.difference)]
 
 
 def _shape(step: Step) -> Found:

@@ -135,7 +135,9 @@ def _thresholded_relu(node: Node) -> Function:
 def _shrink(node: Node) -> Function:
     bias, edge = _number(node, "bias", 0.0), _number(node, "lambd", 0.5)
     return Function(
-        lambda x: np.where(x < -edge, x + bias, np.where(x > edge, x - bias, 0.0)), parity="odd", steps=True
+        lambda x: np.where(x < -edge, x + bias, np.where(x > edge, x - bias, 0.0)),
+        parity="odd" if edge >= 0 else None,
+        steps=True,
     )
 
 

@@ -49,7 +49,7 @@ def _space_facts(node: Node, view: View) -> list[Fact] | str:
     fact = _input(node, view)
     if isinstance(fact, str):
         return fact
-    signature = ("SpaceToDepth", layout_key(node.inputs[0].shape or (), fact))
+    signature = ("SpaceToDepth", int(node.attribute("blocksize")), layout_key(node.inputs[0].shape or (), fact))
     phases = [
         linear_window(fact, (*signature, phase), border=False, view=view)
         for phase in range(int(node.attribute("blocksize")) ** 2)

@@ -246,7 +246,8 @@ def _folded(node: Node, state: State, edit: Edit) -> list[Folded]:
     rows = _kept(edit.kept(output, linear.out_axis), len(linear.weight))
     live_mask = edit.live(operand)
     axes = tuple(axis for axis in range(live_mask.ndim) if axis != linear.in_axis)
-    live_columns = np.broadcast_to(live_mask.any(axis=axes), (linear.in_size,))
+    # What this layer reads is live in every cell; in some only, where another reader wants it there.
+    live_columns = np.broadcast_to(live_mask.all(axis=axes), (linear.in_size,))
     cols = _kept(edit.kept(operand, linear.in_axis), linear.in_size)
     folded = []
     for index in range(linear.groups):

@@ -50,11 +50,6 @@ def signature(node: Node, axes: Iterable[int], fact: Fact) -> Hashable:
     )
 
 
-def in_type(values: np.ndarray, operand: Operand) -> np.ndarray:
-    """Round to the precision in which the graph computes a value."""
-    return np.asarray(values.astype(np.dtype(operand.dtype)).astype(np.float64))
-
-
 def rows(array: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     """Return an array with these axes merged into one behind all others."""
     others = [axis for axis in range(array.ndim) if axis not in axes]
@@ -154,7 +149,7 @@ def _softmax_rule(share: Share | None) -> Rule:
             whole = rows(fact.constant, across).all(axis=-1, keepdims=True)
             shared = share(rows(fact.shift, across), count)
             constant = from_rows(np.broadcast_to(whole, shared.shape), across, fact.shape)
-            value = in_type(from_rows(shared, across, fact.shape), node.outputs[0])
+            value = from_rows(shared, across, fact.shape)
         return [make(number, np.where(constant, 0.0, 1.0), np.where(constant, value, 0.0))]
 
     def live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:

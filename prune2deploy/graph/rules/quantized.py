@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from prune2deploy.graph.fact import Fact, Numbers, make, with_layout
@@ -67,7 +68,7 @@ def parameters(node: Node) -> Parameters | str:
 
 def rounded(value: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, to: str) -> tuple[np.ndarray, np.ndarray]:
     """Return values by a scale of their type, rounded half to even and saturated, and where that is beyond doubt."""
-    limits, epsilon = np.iinfo(to), np.finfo(scale.dtype).eps
+    limits, epsilon = np.iinfo(to), ml_dtypes.finfo(scale.dtype).eps  # type: ignore[no-untyped-call]
     with np.errstate(over="ignore"):
         quotient = (value.astype(scale.dtype) / scale).astype(np.float64)
     doubt = np.maximum(MIDDLE, 4 * float(epsilon) * np.abs(quotient))

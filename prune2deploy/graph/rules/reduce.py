@@ -17,7 +17,7 @@ from prune2deploy.graph.constraints import Constraint, Positions
 from prune2deploy.graph.fact import Fact, make
 from prune2deploy.graph.node import Node, Operand
 from prune2deploy.graph.rules.base import Choice, Demand, Edit, Rule, View, freeze, tie_axes
-from prune2deploy.graph.rules.mixing import expanded_among, in_type, row_numbers, rows, signature, static_count
+from prune2deploy.graph.rules.mixing import expanded_among, row_numbers, rows, signature, static_count
 
 Split = Callable[[Fact, int | None], tuple[Fact, np.ndarray, np.ndarray]]
 """Facts and the number of elements to: what the result is keyed by, and the scale and shift that pass."""
@@ -190,7 +190,7 @@ def _reduced_fact(node: Node, reduction: Reduction, view: View) -> Fact:
         constants = constants & _zeros(shifts, False) & (reduction.spares(np.zeros(1), False)[0])
     layout = _reduced_layout(fact, plan.axes)
     constant = constants.all(axis=-1).reshape(layout)
-    value = in_type(reduction.value(np.where(constants, shifts, 1.0), count), node.outputs[0]).reshape(layout)
+    value = reduction.value(np.where(constants, shifts, 1.0), count).reshape(layout)
     if plan.across:
         number = row_numbers(fact, plan.across, mark, view)
         scale, shift = np.ones(layout), np.zeros(layout)
@@ -286,7 +286,7 @@ def reduction_rule(reduction: Reduction) -> Rule:
             return "without axes, runtimes differ in what it does"
         with np.errstate(all="ignore"):
             fact = _reduced_fact(node, reduction, view)
-            finite = np.isfinite(in_type(fact.shift, node.outputs[0])).all()
+            finite = np.isfinite(fact.shift).all()
         if not finite:
             return "a constant has no finite result"
         return [fact.map(lambda array: _squeezed(node, array, axes))]
@@ -311,8 +311,10 @@ def reduction_rule(reduction: Reduction) -> Rule:
         if len(plan.across) != 1:
             return
         axis = plan.across[0]
-        mask = edit.live(operand)
-        live = np.asarray(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        mask, out = edit.live(operand), edit.live(node.outputs[0])
+        # Where another reader wants an index in some cells only, it may hold anything in those that this one reads.
+        read = mask | ~out.reshape(_reduced_layout(edit.view.of(operand), plan.axes))
+        live = np.asarray(read.all(axis=tuple(other for other in range(mask.ndim) if other != axis)))
         if live.all() or not live.any():
             return
         # What is kept for others' sake may hold anything: only live channels are right.

@@ -278,6 +278,9 @@ def _gather_ties(node: Node, positions: Positions, view: View, needed: frozenset
 
 def _drop_gather(node: Node, edit: Edit) -> None:
     axis, given, indices = _gather_axis(node), node.constant(1), _indices(node, edit.view)
+    others = (other for other in range(node.inputs[0].rank or 0) if other != axis)
+    if any(edit.kept(node.inputs[0], other) is not None for other in others):
+        edit.set_attribute(SHUFFLE, None)  # of sizes that its shapes do not hold
     if indices is None or given is None:
         return
     present = edit.kept(node.inputs[0], axis)
@@ -288,9 +291,8 @@ def _drop_gather(node: Node, edit: Edit) -> None:
         indices = indices if some is None else np.take(indices, some, axis=place)
     places = renumbered(present, indices)
     size = edit.view.of(node.inputs[0]).shape[axis] if present is None else len(present)
-    others = (other for other in range(node.inputs[0].rank or 0) if other != axis)
-    if places.size != size or any(edit.kept(node.inputs[0], other) is not None for other in others):
-        edit.set_attribute(SHUFFLE, None)  # no permutation any more, or of sizes that its shapes do not hold
+    if places.size != size:
+        edit.set_attribute(SHUFFLE, None)  # no permutation any more
     if places.ndim == 1 and len(places) == size and (places == np.arange(size)).all():
         edit.bypass(0)
     else:
