@@ -31,9 +31,9 @@ from google.protobuf.message import EncodeError  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from prune2deploy.errors import P2DError, one_line  # noqa: E402
+from prune2deploy.graph.inspect import inspect_model  # noqa: E402
 from prune2deploy.graph.model import load_model  # noqa: E402
-from prune2deploy.graph.rewrite import remove_dead_channels  # noqa: E402
-from prune2deploy.graph.verify import verify  # noqa: E402
+from prune2deploy.slim import Options, reasons, slim_file  # noqa: E402
 
 Random = np.random.Generator
 EXTERNAL = "weights.data"
@@ -622,14 +622,22 @@ def extreme(case: Damaged) -> bool:
 def slim_end_to_end(case: Damaged, folder: Path) -> str:
     """Slim a case as the command does; return ``verified`` or the name and text of the error for the user.
 
-    Any other exception is a failure and passes through.
+    Then look at it as ``inspect`` does, and slim it with ``--explain`` and ``--tolerance``, which may also end in such
+    an error. Any other exception is a failure and passes through.
     """
-    path = folder / "model.onnx"
+    path, target = folder / "model.onnx", folder / "slim.onnx"
     path.write_bytes(case.data)
     (folder / EXTERNAL).write_bytes(case.external)
+    outcome = ended(lambda: slim_file(path, target))
+    ended(lambda: inspect_model(load_model(path)))
+    ended(lambda: reasons(path, slim_file(path, target, Options(tolerance=1e-3))))
+    return outcome
+
+
+def ended(work: Callable[[], object]) -> str:
+    """Return how something ended: ``verified``, or the name and the one line of the error for the user."""
     try:
-        slimmed = remove_dead_channels(load_model(path))
-        verify(path, slimmed.model.SerializeToString())
+        work()
     except P2DError as error:
         text = str(error)
         if "\n" in text or not text:

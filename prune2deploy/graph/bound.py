@@ -25,6 +25,7 @@ from prune2deploy.graph.groupnorm import restore_group_norms
 from prune2deploy.graph.model import copy_of
 from prune2deploy.graph.node import FLOATS, Node, Operand, Tables, tables
 from prune2deploy.graph.normal import normalise
+from prune2deploy.graph.validity import blaming_the_file
 
 REAL = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 """The floating types, as files number them."""
@@ -58,6 +59,7 @@ class Bound:
         return {**finite, "unbounded_by": self.unbounded_by}
 
 
+@blaming_the_file
 def output_bound(reference: onnx.ModelProto, changed: onnx.ModelProto, input_ranges: InputRanges) -> dict[str, Bound]:
     """Return for every output a bound on ``|changed(x) - reference(x)|`` over all inputs x in the box.
 

@@ -18,6 +18,7 @@ from prune2deploy.graph.layers import layer_name
 from prune2deploy.graph.model import copy_of
 from prune2deploy.graph.node import FLOATS, Node, tables
 from prune2deploy.graph.normal import normalise, to_model
+from prune2deploy.graph.validity import blaming_the_file
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Zeroed:
         return {"weights": self.weights, "filters": self.filters, "layers": [asdict(layer) for layer in self.layers]}
 
 
+@blaming_the_file
 def zero_near_dead(model: onnx.ModelProto, eps: float) -> Zeroed:
     """Return the model in normal form with every weight below ``eps`` times its tensor's largest set to zero.
 
