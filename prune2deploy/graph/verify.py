@@ -25,11 +25,13 @@ SHAKEN = 4
 """How many times the weights are moved by a last place, where graphs differ by more than the noise."""
 MOST_NOISE = 0.01
 """Of its channel's scale: on usual inputs a difference beyond this is never put down to rounding."""
+SHAKEN_FACTOR = 32.0
+"""As `NOISE_FACTOR`, of what moving the weights was seen to move: a few draws show only part of it."""
 STEP_FACTOR = 2.0
 """As `NOISE_FACTOR`, where rounding makes whole steps of integers."""
 HOPELESS = 0.001
 """Of its channel's scale: where rounding alone moves more than this on inputs beyond the usual, they prove nothing."""
-FAINT = 1e-6
+FAINT = 1e-4
 """Of the largest input (or 1): an output channel that is smaller everywhere may be nothing but rounding."""
 STEPS = 0.1
 """Of the largest output: so much may integer kernels and the float ones that they stand for differ in one graph."""
@@ -176,7 +178,7 @@ def differences(
                 if (difference > allowed).any():
                     ill[case.title] = None
                     moved = _moved(name, want, shaken.runs(case), steps=sides[0].quantised)
-                    allowed = allowed + _rounding(case, moved, scale, steps=False, hopeless=case.label in FAR)
+                    allowed = allowed + _rounding(case, moved, scale, steps=False, shaken=True)
                     if sides[0].quantised and optimised:  # an index may become any other
                         most = STEPS * scales.largest[name] if want[name].dtype.kind == "f" else np.inf
                         allowed = allowed + np.minimum(_moved(name, got, gots, steps=True), most)
@@ -398,19 +400,17 @@ def _moved(name: str, want: dict[str, np.ndarray], runs: Iterable[dict[str, np.n
     return noise
 
 
-def _rounding(case: Case, moved: np.ndarray, scale: np.ndarray, *, steps: bool, hopeless: bool = False) -> np.ndarray:
+def _rounding(case: Case, moved: np.ndarray, scale: np.ndarray, *, steps: bool, shaken: bool = False) -> np.ndarray:
     """Return which differences may be put down to rounding, given what it was seen to move.
 
-    ``hopeless``: inputs that amplify rounding prove nothing; else there is a limit, but where outputs are as faint as
-    rounding itself. Whole ``steps`` have none.
+    ``shaken``: by moving the weights; inputs beyond the usual that amplify rounding so prove nothing. On usual inputs
+    there is a limit, but where outputs are as faint as rounding itself. Whole ``steps`` have none.
     """
     if steps:
         return STEP_FACTOR * moved
-    noise = NOISE_FACTOR * moved
-    if hopeless:
-        return np.where(noise > HOPELESS * scale, np.inf, noise)
+    noise = (SHAKEN_FACTOR if shaken else NOISE_FACTOR) * moved
     if case.label in FAR:
-        return noise
+        return np.where(shaken & (NOISE_FACTOR * moved > HOPELESS * scale), np.inf, noise)
     largest = max([1.0, *(float(_magnitudes(feed).max(initial=0.0)) for feed in case.feeds.values())])
     return np.where(scale < FAINT * largest, noise, np.minimum(noise, MOST_NOISE * scale))
 
