@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
@@ -101,10 +101,11 @@ def save_wide_net(millions: int, path: Path, channels: int = 3072) -> None:
 def network(name: str) -> onnx.ModelProto:
     """Return a built-in network as exported, with half of the channels of every prunable group silenced."""
     import torch
+    from planting import plant_groups
 
     from prune2deploy.export import export_network
     from prune2deploy.graph.groups import find_groups
-    from prune2deploy.groups import SILENCED_ROLES
+    from prune2deploy.graph.model import copy_of
     from prune2deploy.networks import load_network
 
     torch.manual_seed(0)
@@ -112,19 +113,7 @@ def network(name: str) -> onnx.ModelProto:
     loaded = load_network(name)
     example = torch.randn(2, *loaded.example_inputs[0].shape[1:])
     model = export_network(loaded.module, (example,), fuse=False).model
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    groups = find_groups(copied)
-    arrays = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
-    random = np.random.default_rng(0)
-    for group in groups.prunable:
-        gone = random.permutation(group.size)[: group.size // 2]
-        for member in group.of_role(*SILENCED_ROLES):
-            index: list[Any] = [slice(None)] * arrays[member.parameter].ndim
-            index[member.axis] = member.indices[gone].ravel()
-            arrays[member.parameter][tuple(index)] = 0
-    for tensor in model.graph.initializer:
-        tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
+    plant_groups(model, find_groups(copy_of(model)))
     return model
 
 

@@ -39,6 +39,7 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 from code_version import package_hash  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
+from planting import plant_groups  # noqa: E402
 
 from prune2deploy.errors import P2DError, one_line  # noqa: E402
 from prune2deploy.files import read_json, write_bytes, write_json  # noqa: E402
@@ -47,7 +48,7 @@ from prune2deploy.graph.layers import totals  # noqa: E402
 from prune2deploy.graph.model import copy_of, load_model  # noqa: E402
 from prune2deploy.graph.rewrite import Slimmed, remove_dead_channels  # noqa: E402
 from prune2deploy.graph.verify import verify  # noqa: E402
-from prune2deploy.groups import SILENCED_ROLES, Groups  # noqa: E402
+from prune2deploy.groups import Groups  # noqa: E402
 
 RESULTS = ROOT / "models" / "bench" / "zoo.json"
 VARIANTS = ("groups", "fused", "filters")
@@ -248,31 +249,6 @@ def edit_weights(model: onnx.ModelProto, edit: Callable[[dict[str, np.ndarray]],
         if not np.array_equal(numpy_helper.to_array(tensor), arrays[name]):
             tensor.CopyFrom(numpy_helper.from_array(arrays[name], name))
     return result
-
-
-def plant_groups(model: onnx.ModelProto, groups: Groups, seed: int = 0) -> dict[str, int]:
-    """Silence half of the channels of every prunable group, in place; return the widths that remain.
-
-    A group with a parameter that is no initializer of the graph (the analysis folded it) stays whole.
-    """
-    random = np.random.default_rng(seed)
-
-    def edit(arrays: dict[str, np.ndarray]) -> dict[str, int]:
-        widths = groups.full_widths()
-        for group in groups.prunable:
-            members = group.of_role(*SILENCED_ROLES)
-            if group.size < 2 or any(member.parameter not in arrays for member in members):
-                continue
-            gone = random.permutation(group.size)[: group.size // 2]
-            widths[group.id] -= len(gone)
-            for member in members:
-                index: list[Any] = [slice(None)] * arrays[member.parameter].ndim
-                index[member.axis] = member.indices[gone].ravel()
-                arrays[member.parameter][tuple(index)] = 0
-        return widths
-
-    kept: dict[str, int] = edit_weights(model, edit)
-    return kept
 
 
 FILTER_AXIS = {"Conv": 0, "Gemm": None, "MatMul": -1}
