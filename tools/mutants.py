@@ -333,11 +333,6 @@ MUTANTS: list[Mutant] = [
             "    return [~decided for own in found]\n",
         ),
         (
-            "a constant operand is not sliced",
-            "        if kept is not None and size > 1:\n            array = np.take(array, kept, axis=axis)\n",
-            "        pass\n",
-        ),
-        (
             "a cut operand is replaced by 0",
             "            values = np.where(fact.constant, fact.shift, filler)\n",
             "            values = np.zeros(fact.shape)\n",
@@ -738,6 +733,53 @@ MUTANTS: list[Mutant] = [
             "windows stay apart",
             '        turn.attrs["perm"] = [0, *(axis - count for axis in turn.attrs["perm"][count + 1 :])]\n',
             "",
+        ),
+    ),
+    *_of(
+        "rules/base.py",
+        RULE_TESTS.format("elementwise"),
+        (
+            "a constant operand is not sliced",
+            "        if kept is not None and size > 1:\n            array = np.take(array, kept, axis=axis)\n",
+            "        pass\n",
+        ),
+    ),
+    *_of(
+        "rules/layer.py",
+        "tests/graph/test_cells.py",
+        (
+            "a column that is live in one cell is read in all",
+            "live_mask.all(axis=axes)",
+            "live_mask.any(axis=axes)",
+        ),
+    ),
+    *_of(
+        "rules/reduce.py",
+        "tests/graph/test_cells.py",
+        (
+            "an index that is live in one cell is reduced in all",
+            "np.asarray(read.all(",
+            "np.asarray(mask.any(",
+        ),
+    ),
+    *_of(
+        "keep.py",
+        "tests/graph/test_cells.py",
+        ("a range may read anything", '    "DynamicQuantizeLinear": (0,),\n', ""),
+        ("a norm without epsilon may divide zero by zero", '(0,) if node.attribute("epsilon") == 0 else ', ""),
+    ),
+    *_of(
+        "rules/activation.py",
+        "tests/graph/test_cells.py",
+        ("every Shrink is odd", 'parity="odd" if edge >= 0 else None', 'parity="odd"'),
+    ),
+    *_of(
+        "rules/select.py",
+        "tests/graph/test_open_sizes.py",
+        (
+            "a shuffle of space remembers its sizes",
+            "        edit.set_attribute(SHUFFLE, None)  # of sizes that its shapes do not hold\n",
+            "        pass\n",
         ),
     ),
     *_of(

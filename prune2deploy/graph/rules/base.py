@@ -193,6 +193,16 @@ class Rule:
     constant_first: bool = False
 
 
+def sliced(array: np.ndarray, output: Operand, edit: Edit) -> np.ndarray:
+    """Take the output's kept positions of an array that is broadcast to it; where it has size 1 it stays."""
+    start = len(edit.view.of(output).shape) - array.ndim
+    for axis, size in enumerate(array.shape):
+        kept = edit.kept(output, axis + start)
+        if kept is not None and size > 1:
+            array = np.take(array, kept, axis=axis)
+    return array
+
+
 def tie_axes(positions: Positions, a: tuple[str, int], b: tuple[str, int]) -> Iterable[Constraint]:
     """Tie position i of axis ``a`` to position i of axis ``b``; an axis without positions freezes the other."""
     ids_a, ids_b = positions.ids(*a), positions.ids(*b)

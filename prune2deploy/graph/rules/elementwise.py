@@ -12,7 +12,7 @@ from prune2deploy.graph.constraints import Constraint, Positions
 from prune2deploy.graph.fact import Fact, make
 from prune2deploy.graph.node import FLOATS, Node
 from prune2deploy.graph.rules.align import Aligned, align, spans
-from prune2deploy.graph.rules.base import Axis, Demand, Edit, Part, Rule, View, tie_axes
+from prune2deploy.graph.rules.base import Axis, Demand, Edit, Part, Rule, View, sliced, tie_axes
 from prune2deploy.graph.rules.precision import COVERED, margin, rounded, unfit
 
 Facts = tuple[Fact, ...]
@@ -242,12 +242,12 @@ def _drop(operator: Operator, node: Node, edit: Edit) -> None:
     constants: Constants = {}
     for slot, operand in enumerate(node.inputs):
         if operand.array is not None:
-            constants[slot] = _sliced(operand.array, node, edit)
+            constants[slot] = sliced(operand.array, node.outputs[0], edit)
         elif slot not in edit.needed:
             fact = aligned.facts[slot]
             filler = 0.0 if operator.neutral is None or slot < operator.neutral_from else operator.neutral
             values = np.where(fact.constant, fact.shift, filler)
-            constants[slot] = _sliced(values, node, edit).astype(np.dtype(operand.dtype))
+            constants[slot] = sliced(values, node.outputs[0], edit).astype(np.dtype(operand.dtype))
     left = _left(operator, node, constants)
     if len(left) == 1 < len(node.inputs) and node.inputs[left[0]].dtype == node.outputs[0].dtype:
         edit.bypass(left[0])
@@ -257,17 +257,6 @@ def _drop(operator: Operator, node: Node, edit: Edit) -> None:
             edit.set_constant(slot, array)
     if operator.variadic:
         edit.keep_inputs(left)
-
-
-def _sliced(array: np.ndarray, node: Node, edit: Edit) -> np.ndarray:
-    """Take the output's kept positions of a constant; where it has size 1 it stays."""
-    output = node.outputs[0]
-    start = len(edit.view.of(output).shape) - array.ndim
-    for axis, size in enumerate(array.shape):
-        kept = edit.kept(output, axis + start)
-        if kept is not None and size > 1:
-            array = np.take(array, kept, axis=axis)
-    return array
 
 
 def _left(operator: Operator, node: Node, constants: Constants) -> list[int]:

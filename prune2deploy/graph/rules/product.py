@@ -14,7 +14,7 @@ import numpy as np
 from prune2deploy.graph.constraints import Constraint, Positions
 from prune2deploy.graph.fact import Fact, Shape, digest, expand, make
 from prune2deploy.graph.node import Node
-from prune2deploy.graph.rules.base import Axis, Demand, Edit, Part, Rule, View, tie_axes
+from prune2deploy.graph.rules.base import Axis, Demand, Edit, Part, Rule, View, sliced, tie_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,20 +219,12 @@ def _drop(node: Node, edit: Edit) -> None:
             break
     bias = node.constant(2)
     if bias is not None:
-        edit.set_constant(2, _kept_bias(node, bias, edit))
+        edit.set_constant(2, sliced(bias, node.outputs[0], edit))
 
 
 def _every(mask: np.ndarray, axis: int) -> np.ndarray:
     """Return along one axis whether all is set."""
     return np.asarray(mask.all(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-
-
-def _kept_bias(node: Node, bias: np.ndarray, edit: Edit) -> np.ndarray:
-    for axis in range(bias.ndim):
-        kept = edit.kept(node.outputs[0], axis + 2 - bias.ndim)
-        if kept is not None and bias.shape[axis] > 1:
-            bias = np.take(bias, kept, axis=axis)
-    return bias
 
 
 def _parts(node: Node, view: View) -> list[Part]:

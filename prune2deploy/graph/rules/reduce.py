@@ -16,7 +16,7 @@ import numpy as np
 from prune2deploy.graph.constraints import Constraint, Positions
 from prune2deploy.graph.fact import Fact, make
 from prune2deploy.graph.node import Node, Operand
-from prune2deploy.graph.rules.base import Choice, Demand, Edit, Rule, View, freeze, tie_axes
+from prune2deploy.graph.rules.base import Choice, Demand, Edit, Rule, View, freeze, sliced, tie_axes
 from prune2deploy.graph.rules.mixing import expanded_among, row_numbers, rows, signature, static_count
 
 Split = Callable[[Fact, int | None], tuple[Fact, np.ndarray, np.ndarray]]
@@ -263,11 +263,7 @@ def _restored(node: Node, reduction: Reduction, gone: np.ndarray, edit: Edit) ->
 def _placed(node: Node, array: np.ndarray, plan: _Plan, edit: Edit) -> np.ndarray:
     """Return an array of the reduced layout as the output will have it: kept positions only, without what is alike."""
     output = node.outputs[0]
-    array = _squeezed(node, array, plan.axes)
-    for axis, size in enumerate(array.shape):
-        kept = edit.kept(output, axis)
-        if kept is not None and size > 1:
-            array = np.take(array, kept, axis=axis)
+    array = sliced(_squeezed(node, array, plan.axes), output, edit)
     uniform = bool((array == array.flat[0]).all())
     return np.asarray(array.flat[0] if uniform else array).astype(np.dtype(output.dtype))
 
