@@ -57,14 +57,7 @@ def residual_net(convolutions: int, channels: int = 16) -> onnx.ModelProto:
             nodes.append(helper.make_node("Add", [f"a{i}", x], [f"s{i}"], name=f"add{i}"))
         nodes.append(helper.make_node("Relu", [f"s{i}" if i else f"a{i}"], [f"r{i}"], name=f"relu{i}"))
         x = f"r{i}"
-    constants.append(numpy_helper.from_array(random.standard_normal((10, channels, 1, 1)).astype(np.float32), "head"))
-    nodes.append(helper.make_node("Conv", [x, "head"], ["output"], name="head"))
-    infos = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", size, 8, 8])
-        for name, size in (("input", 3), ("output", 10))
-    ]
-    graph = helper.make_graph(nodes, "residual", infos[:1], infos[1:], constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return with_head(nodes, constants, x, random.standard_normal((10, channels, 1, 1)))
 
 
 def save_wide_net(millions: int, path: Path, channels: int = 3072) -> None:
@@ -87,15 +80,22 @@ def save_wide_net(millions: int, path: Path, channels: int = 3072) -> None:
             nodes.append(helper.make_node("Conv", [x, f"w{i}"], [f"a{i}"], name=f"conv{i}", pads=[1] * 4))
             nodes.append(helper.make_node("Relu", [f"a{i}"], [f"r{i}"], name=f"relu{i}"))
             x = f"r{i}"
-    constants.append(numpy_helper.from_array(random.standard_normal((10, channels, 1, 1)).astype(np.float32), "head"))
-    nodes.append(helper.make_node("Conv", [x, "head"], ["output"], name="head"))
+    model = with_head(nodes, constants, x, random.standard_normal((10, channels, 1, 1)))
+    path.write_bytes(model.SerializeToString())
+
+
+def with_head(
+    nodes: list[onnx.NodeProto], constants: list[TensorProto], last: str, head: np.ndarray
+) -> onnx.ModelProto:
+    """Return these nodes, a convolution of the last value behind them, as a model of images of 8x8."""
+    constants = [*constants, numpy_helper.from_array(head.astype(np.float32), "head")]
+    nodes = [*nodes, helper.make_node("Conv", [last, "head"], ["output"], name="head")]
     infos = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", size, 8, 8])
-        for name, size in (("input", 3), ("output", 10))
+        for name, size in (("input", 3), ("output", len(head)))
     ]
-    graph = helper.make_graph(nodes, "wide", infos[:1], infos[1:], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    path.write_bytes(model.SerializeToString())
+    graph = helper.make_graph(nodes, "net", infos[:1], infos[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
 def network(name: str) -> onnx.ModelProto:
