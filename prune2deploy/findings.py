@@ -89,7 +89,8 @@ def caveats(verify: Mapping[str, Any]) -> list[str]:
         texts.append(f"ONNX Runtime has no kernels of the graphs' own type: both were run in {verify['computed_in']}")
     if verify.get("ill_conditioned"):
         texts.append(
-            "a last place more or less in the weights moves the outputs as much as the two graphs differ, on inputs "
+            "rounding alone (a last place in the weights, or what the runtime makes of quantised layers) moves the "
+            "outputs as much as the two graphs differ, on inputs "
             f"{'; '.join(verify['ill_conditioned'])}"
         )
     return texts
