@@ -309,6 +309,12 @@ def test_a_shape_does_not_move() -> None:
     assert output_bound(model, changed, {"x": (0, 1)})["y"].largest == 0
 
 
+def test_a_layer_of_no_outputs_has_no_ends() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["a"]), node("Softmax", ["a"], ["y"], axis=-1)]
+    model = graph(nodes, {"w": weights(4, 0)}, {"x": ["N", 4]}, {"y": ["N", 0]})
+    assert output_bound(model, copy_of(model), {"x": (0, 1)})["y"].largest in (0, None)
+
+
 def test_graphs_that_branch_have_no_bound() -> None:
     """What the graphs inside If read is not looked at."""
     then, other = (

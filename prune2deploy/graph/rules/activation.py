@@ -49,11 +49,21 @@ def activation(function_of: FunctionOf, types: frozenset[str] = FLOATS) -> Rule:
     """Return the rule of an elementwise function of one input."""
 
     def facts(node: Node, view: View) -> list[Fact] | str:
-        reason = unfit(node.inputs[0])
+        reason = unfit(node.inputs[0]) or _unbounded(node)
         function = function_of(node) if reason is None else reason
         return function if isinstance(function, str) else _facts(function, node, view)
 
     return Rule(facts, same_layout_live, same_layout_ties, nothing_to_drop, "activation", types=types)
+
+
+def _unbounded(node: Node) -> str | None:
+    """Return which attribute would make NaN of a zero, if any; limits may be infinite."""
+    found = (
+        name
+        for name, value in node.attributes.items()
+        if isinstance(value, float) and not np.isfinite(value) and name not in ("min", "max")
+    )
+    return next((f"its {name} is not finite" for name in found), None)
 
 
 def _facts(function: Function, node: Node, view: View) -> list[Fact] | str:

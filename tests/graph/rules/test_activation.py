@@ -33,6 +33,7 @@ LINES: list[Line] = [
     *((op, ("x",), {"via": TensorProto.INT32}) for op in ("Relu", "Abs", "Sign")),
     ("LeakyRelu", ("x",), {"alpha": 0.3}),
     ("LeakyRelu", ("x",), {"alpha": -0.3}),
+    ("LeakyRelu", ("x",), {"alpha": float("inf"), "opaque": True, "removes": False}),
     ("Elu", ("x",), {"alpha": 0.5}),
     ("Celu", ("x",), {"alpha": 0.5}),
     ("Selu", ("x",), {"alpha": 1.5, "gamma": 1.2}),
