@@ -116,8 +116,8 @@ def _found(step: Step) -> list[Ranges]:
     node = step.node
     same = _reads_the_same(step)
     rule = RULES.get(node.op_type) if node.domain == "" and not node.captured else None
-    known = all(operand.rank is not None for operand in node.inputs if operand.is_value)
-    known = known and not any(0 in (operand.shape or ()) for operand in node.inputs)  # of nothing there is no smallest
+    values = [operand for operand in node.inputs if operand.is_value]
+    known = all(operand.shape is not None and 0 not in operand.shape for operand in values)  # of nothing is no smallest
     found = (rule(step) if rule is not None and known else None) or []
     result = []
     for slot, operand in enumerate(node.outputs):
