@@ -189,7 +189,23 @@ def input_size(source: str, name: str, module: Any) -> tuple[int, ...]:
 
 
 def randomise(module: Any, example: Any) -> None:
-    """Calibrate the norms on noise, then draw every scale and shift: no channel may be silent before one is planted."""
+    """Draw every scale and shift: no channel may be silent before one is planted; calibrate the norms on noise.
+
+    Before, so that the draws do not meet wild activations, and after, so that they make none.
+    """
+    import torch
+
+    calibrate(module, example)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim <= 1 or "gamma" in name or not parameter.any():
+                around = 1.0 if name.rpartition(".")[2] in ("weight", "gamma", "scale") else 0.0
+                parameter.copy_(around + 0.4 * (torch.rand_like(parameter) - 0.5))
+    calibrate(module, example)
+
+
+def calibrate(module: Any, example: Any) -> None:
+    """Give every BatchNorm the statistics of one batch of noise."""
     import torch
 
     norms = [each for each in module.modules() if isinstance(each, torch.nn.modules.batchnorm._BatchNorm)]
@@ -200,11 +216,6 @@ def randomise(module: Any, example: Any) -> None:
         with torch.no_grad():
             module(torch.cat([example, torch.randn_like(example)]))
         module.eval()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim <= 1 or "gamma" in name or not parameter.any():
-                around = 1.0 if name.rpartition(".")[2] in ("weight", "gamma", "scale") else 0.0
-                parameter.copy_(around + 0.4 * (torch.rand_like(parameter) - 0.5))
 
 
 def export(module: Any, example: Any, exporter: str) -> onnx.ModelProto:
