@@ -326,6 +326,26 @@ def test_sizes_that_rounding_can_move_end_in_one_line() -> None:
         verify(made[0], made[1])
 
 
+def test_what_is_left_of_a_difference_of_equals_may_be_nothing() -> None:
+    """The mean of x, x and x is x but for its last place, which another graph need not leave."""
+    nodes = [node("Mean", ["x", "x", "x"], ["m"]), node("Sub", ["m", "x"], ["y"])]
+    made = [data(graph(nodes, {}, {"x": IMAGE}, {"y": IMAGE}))]
+    made.append(data(graph([node("Sub", ["x", "x"], ["y"])], {}, {"x": IMAGE}, {"y": IMAGE})))
+    assert verify(made[0], made[1]).ill_conditioned
+    made.append(
+        data(
+            graph(
+                [node("Sub", ["x", "x"], ["z"]), node("Add", ["z", "tiny"], ["y"])],
+                {"tiny": np.float32(1e-3)},
+                {"x": IMAGE},
+                {"y": IMAGE},
+            )
+        )
+    )
+    with pytest.raises(VerifyError, match="differs"):
+        verify(made[0], made[2])
+
+
 def test_an_output_that_is_nothing_but_rounding_is_no_difference() -> None:
     """The mean of what a norm made has no value of its own: it is 0 but for the order of additions."""
     made = []
