@@ -783,6 +783,30 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *_of(
+        "permutation.py",
+        "tests/graph/test_shuffle.py",
+        ("a folded shuffle turns no bias", '"Conv": {1: 0, 2: 0}', '"Conv": {1: 0}'),
+        ("a folded shuffle turns no BatchNormalization", '    "BatchNormalization": {1: 0, 2: 0, 3: 0, 4: 0},\n', ""),
+        (
+            "a transposed convolution is turned as a plain one",
+            'READ = {"Conv": 1, "ConvTranspose": 0}',
+            'READ = {"Conv": 1, "ConvTranspose": 1}',
+        ),
+        ("the inputs of a convolution are turned the wrong way", "            order = np.argsort(order)\n", ""),
+        (
+            "a shuffle is folded before another reader",
+            "len(source.outputs) == 1 and len(source.inputs)",
+            "len(source.inputs)",
+        ),
+        ("a shuffle is folded into a grouped convolution", ' and node.attrs.get("group", 1) == 1', ""),
+        ("any reader of a shuffle carries it", "not (carries or _is_plain(node))", "False"),
+        (
+            "the order of a shuffle folded twice is the last one",
+            "orders[name] = orders[name][order] if name in orders else order",
+            "orders[name] = order",
+        ),
+    ),
+    *_of(
         "names.py",
         "tests/graph/test_regressions.py",
         ("new names may be taken already", "    while name in taken:\n", "    while False:\n"),

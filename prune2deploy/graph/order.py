@@ -42,6 +42,12 @@ def all_inputs(node: gs.Node) -> Iterable[gs.Tensor]:
                 yield from all_inputs(inner)
 
 
+def outputs_within(graph: gs.Graph) -> set[int]:
+    """Return the ids of the outputs of a graph and of those inside it."""
+    inner = (value for node in graph.nodes for value in node.attrs.values() if isinstance(value, gs.Graph))
+    return {id(tensor) for tensor in graph.outputs}.union(*map(outputs_within, inner))
+
+
 def sort_nodes(graph: gs.Graph) -> None:
     """Sort the nodes topologically, keeping their order where it is already right."""
     made_by = {id(tensor): node for node in graph.nodes for tensor in node.outputs}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,9 @@ from prune2deploy.graph.names import fresh
 from prune2deploy.graph.node import Node, Operand, tables
 from prune2deploy.graph.normal import normalise, restore, to_model
 from prune2deploy.graph.order import all_inputs, redirect, remove_dead_nodes
-from prune2deploy.graph.rules.base import Piece, View
+from prune2deploy.graph.permutation import fold_permutations
+from prune2deploy.graph.rules.base import Axis, Piece, View
+from prune2deploy.graph.rules.select import SHUFFLE
 from prune2deploy.graph.stored import Stored
 from prune2deploy.graph.uneven import GroupChoice, choose_groups
 from prune2deploy.graph.validity import blaming_the_file
@@ -90,17 +93,18 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     normalised = time.perf_counter()
     analysis, groups = choose_groups(analyse(tables(graph), round_to=round_to))
     analysed = time.perf_counter()
-    kept: dict[str, dict[str, dict[str, list[int]]]] = {"values": _kept_values(analysis), "initializers": {}}
+    kept: dict[str, dict[str, dict[str, list[int]]]] = {"values": {}, "initializers": {}}
     sizes: dict[tuple[int, int], int] = {}
     gone: set[int] = set()
     if analysis.changes:
         targets = list(graph.nodes)
-        writer = _apply(graph, analysis)
+        writer, orders = _apply(graph, analysis)
         sizes = writer.sizes
         left = {id(node) for node in graph.nodes}
         gone = {index for index, node in enumerate(targets) if id(node) not in left}
         written = graph.tensors()
-        axes_by_name = _kept_initializers(analysis, writer.written)
+        kept["values"] = _kept_values(analysis, orders)
+        axes_by_name = _kept_initializers(analysis, writer.written, orders)
         kept["initializers"] = {name: axes for name, axes in axes_by_name.items() if name in written}
     slim = to_model(graph, model)
     stamp(slim, "prune2deploy.version", __version__)
@@ -152,31 +156,42 @@ def stamp(model: onnx.ModelProto, key: str, value: str) -> None:
     model.metadata_props.add(key=key, value=value)
 
 
-def _kept_values(analysis: Analysis) -> dict[str, dict[str, list[int]]]:
+Orders = Mapping[str, np.ndarray]
+"""The order in which the kept channels (axis 1) of a value stand, where it is not the old one."""
+
+
+def _kept_values(analysis: Analysis, orders: Orders) -> dict[str, dict[str, list[int]]]:
     table: dict[str, dict[str, list[int]]] = {}
     for (value, axis), mask in analysis.keep.kept.items():
         if not mask.all():
-            table.setdefault(value, {})[str(axis)] = np.flatnonzero(mask).tolist()
+            table.setdefault(value, {})[str(axis)] = _ordered(np.flatnonzero(mask), Axis(value, axis), orders)
     return dict(sorted(table.items()))
 
 
-def _apply(graph: gs.Graph, analysis: Analysis) -> _Writer:
-    """Apply every live node's ``drop``; return what knows the constants that were written."""
+def _ordered(indices: np.ndarray, axis: Axis, orders: Orders) -> list[int]:
+    found: list[int] = (indices[orders[axis.value]] if axis.axis == 1 and axis.value in orders else indices).tolist()
+    return found
+
+
+def _apply(graph: gs.Graph, analysis: Analysis) -> tuple[_Writer, Orders]:
+    """Apply every live node's ``drop``; return what knows the new constants, and which channels changed their order."""
     writer = _Writer(graph)
     for node, target in zip(analysis.tables.nodes, list(graph.nodes), strict=True):
         rule = analysis.known.rules[node.index]
         if node.index in analysis.liveness.needed and rule is not None:
             rule.drop(node, NodeEdit(analysis, node, target, writer))
     writer.place_nodes()
+    shuffles = [node for node in graph.nodes if SHUFFLE in node.attrs]
     restore(graph)
     write_constants(graph, analysis)
     remove_dead_nodes(graph)
+    orders = fold_permutations(graph, shuffles, writer.replace)
     if analysis.liveness.constants:
         _forget_shapes(graph)
         fold_constants(graph)
         remove_dead_nodes(graph)
     writer.name_constants()
-    return writer
+    return writer, orders
 
 
 def _forget_shapes(graph: gs.Graph) -> None:
@@ -188,7 +203,7 @@ def _forget_shapes(graph: gs.Graph) -> None:
 
 
 def _kept_initializers(
-    analysis: Analysis, written: dict[tuple[int, int], gs.Constant]
+    analysis: Analysis, written: dict[tuple[int, int], gs.Constant], orders: Orders
 ) -> dict[str, dict[str, list[int]]]:
     """Return the kept old indices of the initializers that became smaller, by axis, under their new names.
 
@@ -203,12 +218,12 @@ def _kept_initializers(
             indices = analysis.keep.indices(part.axis.value, part.axis.axis)
             if indices is None:
                 continue
-            chosen = np.flatnonzero(analysis.keep.kept[part.axis.value, part.axis.axis][part.of]).tolist()
+            chosen = np.flatnonzero(analysis.keep.kept[part.axis.value, part.axis.axis][part.of])
             operand = node.inputs[part.slot]
             name = operand.stored.source if operand.stored is not None else operand.name
             if (node.index, part.slot) in written:
                 name = written[node.index, part.slot].name
-            table.setdefault(name, {})[str(part.constant_axis)] = chosen
+            table.setdefault(name, {})[str(part.constant_axis)] = _ordered(chosen, part.axis, orders)
     return dict(sorted(table.items()))
 
 
@@ -222,6 +237,7 @@ class _Writer:
         self._before: dict[int, list[gs.Node]] = {}
         self._after: dict[int, list[gs.Node]] = {}
         self._shared: dict[str, list[tuple[np.ndarray, gs.Constant]]] = {}
+        self._index = {id(node): index for index, node in enumerate(graph.nodes)}
         self._stored: dict[str, list[tuple[bytes, gs.Variable]]] = {}
         self.sizes: dict[tuple[int, int], int] = {}
         """The new size of each constant input that was written, by node and slot."""
@@ -244,6 +260,13 @@ class _Writer:
                 return constant
         versions.append((array, gs.Constant(self.fresh(wanted), array)))
         return versions[-1][1]
+
+    def replace(self, node: gs.Node, slot: int, array: np.ndarray) -> None:
+        """Give one of the analysed nodes another constant, as a version of the one that it had at first."""
+        old = node.inputs[slot]
+        first = (name for name, versions in self._shared.items() if any(made is old for _, made in versions))
+        made = self.constant(next(first, old.name), array)
+        node.inputs[slot] = self.written[self._index[id(node)], slot] = made
 
     def stored(self, old: gs.Variable, stored: Stored, near: gs.Node) -> gs.Variable:
         """Return a dequantised constant like ``old`` with other contents, one for equal contents."""

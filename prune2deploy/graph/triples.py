@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 
 from prune2deploy.graph.fact import Shape
 from prune2deploy.graph.names import fresh
+from prune2deploy.graph.order import outputs_within
 
 Chain = tuple[gs.Node, gs.Node, gs.Node]
 
@@ -77,7 +78,7 @@ def replace(graph: gs.Graph, found: Sequence[tuple[Chain, gs.Node]]) -> list[Tri
     """
     index = {id(node): number for number, node in enumerate(graph.nodes)}
     parts = [_cut(nodes, stand_in) for nodes, stand_in in found]
-    outputs = _outputs(graph)
+    outputs = outputs_within(graph)
     asides = [_unread(targets, outputs) for targets, _ in parts]
     hidden = {id(node) for (nodes, _), aside in zip(found, asides, strict=True) for node in (*nodes[:2], *aside)}
     instead = {id(nodes[2]): stand_in for nodes, stand_in in found}
@@ -110,12 +111,6 @@ def _cut(nodes: Chain, stand_in: gs.Node) -> tuple[tuple[gs.Tensor, gs.Tensor], 
         node.outputs.clear()
     stand_in.outputs = [output]
     return targets, between
-
-
-def _outputs(graph: gs.Graph) -> set[int]:
-    """Return the outputs of a graph and of those inside it."""
-    inner = (value for node in graph.nodes for value in node.attrs.values() if isinstance(value, gs.Graph))
-    return {id(tensor) for tensor in graph.outputs}.union(*map(_outputs, inner))
 
 
 def _unread(targets: Sequence[gs.Tensor], outputs: set[int]) -> list[gs.Node]:

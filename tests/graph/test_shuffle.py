@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx.helper import make_node as node
 
-from graph.small import copy_of, graph, kept, operators, slim_and_verify, weights
+from graph.small import copy_of, graph, initializer, kept, operators, slim_and_verify, weights
 from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.graph.rewrite import remove_dead_channels
 
@@ -38,11 +38,135 @@ def shuffled(zero: tuple[int, ...], groups: int = 2, channels: int = 12) -> onnx
     return graph(nodes, constants, {"x": ["N", 3, 6, 6]}, {"y": ["N", 2, 6, 6]})
 
 
-def test_uneven_survivors_go_completely_behind_one_gather() -> None:
-    slimmed = slim_and_verify(shuffled(zero=(1, 2, 3, 7)))
-    assert operators(slimmed.model) == ["Conv", "Gather", "Conv"]
+def test_uneven_survivors_go_completely_into_the_weights_of_the_convolution_before() -> None:
+    model = shuffled(zero=(1, 2, 3, 7))
+    slimmed = slim_and_verify(model)
+    assert operators(slimmed.model) == ["Conv", "Conv"]
     assert [row.after for row in slimmed.layers] == [8, 2]
     assert slimmed.analysis.idle_classes() == 0
+    rows = [0, 6, 8, 9, 4, 10, 5, 11]  # what is left of 0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11
+    assert slimmed.kept["values"]["a"] == {"1": rows}
+    assert slimmed.kept["initializers"]["w"]["0"] == rows
+    assert np.array_equal(initializer(slimmed.model, "w"), initializer(model, "w")[rows])
+    columns = slimmed.kept["initializers"]["v"]["1"]
+    assert columns == slimmed.kept["values"]["s"]["1"] == [0, 1, 5, 7, 8, 9, 10, 11]
+    assert np.array_equal(initializer(slimmed.model, "v"), initializer(model, "v")[:, columns])
+
+
+def around(before: list[onnx.NodeProto], after: list[onnx.NodeProto], **more: np.ndarray) -> onnx.ModelProto:
+    """Return an uneven shuffle of "a" into "s" between these nodes, from x to y of two channels each."""
+    nodes, constants = shuffle("a", "s", 2, 12)
+    constants |= {"w": weights(12, 3, 1, 1, zero=(1, 2, 3, 7)), "v": weights(2, 12, 3, 3, seed=1)}
+    constants |= {name: weights(12, seed=seed) for seed, name in enumerate("bfm", 2)}
+    constants |= {"low": np.float32(-0.5), "high": np.float32(0.5), "var": np.full(12, 2, np.float32)} | more
+    constants = {name: array for name, array in constants.items() if name in _read([*before, *nodes, *after])}
+    return graph([*before, *nodes, *after], constants, {"x": ["N", 3, 6, 6]}, {"y": ["N", 2, 6, 6]})
+
+
+def _read(nodes: list[onnx.NodeProto]) -> set[str]:
+    return {name for item in nodes for name in item.input}
+
+
+READER = node("Conv", ["s", "v"], ["y"], pads=[1, 1, 1, 1])
+CONV = node("Conv", ["x", "w"], ["c"])
+
+
+def test_what_treats_channels_alone_goes_along_with_the_convolution_before() -> None:
+    before = [node("Conv", ["x", "w", "b"], ["c"]), node("BatchNormalization", ["c", "f", "m", "m", "var"], ["n"])]
+    dead = {name: np.where(np.isin(np.arange(12), (1, 2, 3, 7)), 0, weights(12, seed=9)) for name in "bfm"}
+    model = around([*before, node("Clip", ["n", "low", "high"], ["a"])], [READER], **dead)
+    slimmed = slim_and_verify(model)
+    assert operators(slimmed.model) == ["Conv", "BatchNormalization", "Clip", "Conv"]
+    rows = slimmed.kept["initializers"]["w"]["0"]
+    assert rows == [0, 6, 8, 9, 4, 10, 5, 11]
+    for name in ("b", "f", "m"):
+        assert slimmed.kept["initializers"][name]["0"] == rows
+        assert np.array_equal(initializer(slimmed.model, name), dead[name][rows])
+    assert all(slimmed.kept["values"][name] == {"1": rows} for name in ("c", "n", "a"))
+
+
+def test_a_transposed_convolution_takes_a_shuffle_too() -> None:
+    before = [node("ConvTranspose", ["x", "t", "b"], ["a"])]
+    rows = weights(12, 3, 1, 1, zero=(1, 2, 3, 7))
+    dead = np.where(np.isin(np.arange(12), (1, 2, 3, 7)), 0, weights(12, seed=9))
+    up = node("ConvTranspose", ["s", "u"], ["y"])
+    slimmed = slim_and_verify(around(before, [up], t=rows.transpose(1, 0, 2, 3), b=dead, u=weights(12, 2, 1, 1)))
+    assert operators(slimmed.model) == ["ConvTranspose", "ConvTranspose"]
+    summed = [CONV, node("Conv", ["x", "z"], ["d"]), node("Add", ["c", "d"], ["a"])]
+    slimmed = slim_and_verify(around(summed, [up], z=weights(12, 3, 1, 1, zero=(1, 2, 3, 7)), u=weights(12, 2, 1, 1)))
+    assert operators(slimmed.model) == ["Conv", "Conv", "Add", "ConvTranspose"]
+
+
+def test_the_convolutions_after_a_shuffle_take_it_where_none_before_can() -> None:
+    before = [CONV, node("Conv", ["x", "z"], ["d"]), node("Add", ["c", "d"], ["a"])]
+    after = [
+        node("BatchNormalization", ["s", "f", "m", "m", "var"], ["n"]),
+        node("Relu", ["n"], ["r"]),
+        node("Conv", ["r", "v"], ["p"]),
+        node("Conv", ["s", "v"], ["q"]),
+        node("Add", ["p", "q"], ["y"]),
+    ]
+    dead = weights(12, 3, 1, 1, seed=7, zero=(1, 2, 3, 7))
+    model = around(before, after, z=dead, v=weights(2, 12, 1, 1, seed=1))
+    slimmed = slim_and_verify(model)
+    assert "Gather" not in operators(slimmed.model)
+    assert slimmed.kept["values"]["c"]["1"] == [0, 4, 5, 6, 8, 9, 10, 11]
+    columns = slimmed.kept["initializers"]["v"]["1"]  # where 0, 4, 5, 6, 8 ... are after the shuffle
+    assert columns == [0, 8, 10, 1, 5, 7, 9, 11]
+    assert np.array_equal(initializer(slimmed.model, "v"), initializer(model, "v")[:, columns])
+    assert np.array_equal(initializer(slimmed.model, "f"), initializer(model, "f")[columns])
+    assert all(slimmed.kept["values"][name] == {"1": columns} for name in ("s", "n", "r"))
+
+
+def test_weights_that_another_convolution_shares_are_turned_for_one_alone() -> None:
+    before = [node("Conv", ["x", "w", "b"], ["a"]), node("Conv", ["x", "w", "b"], ["d"])]
+    dead = np.where(np.isin(np.arange(12), (1, 2, 3, 7)), 0, weights(12, seed=9))
+    after = [node("Conv", ["s", "v"], ["p"]), node("Conv", ["d", "v"], ["q"]), node("Add", ["p", "q"], ["y"])]
+    model = around(before, after, b=dead, v=weights(2, 12, 1, 1, seed=1))
+    slimmed = slim_and_verify(model)
+    assert operators(slimmed.model) == ["Conv", "Conv", "Conv", "Conv", "Add"]
+    assert len(slimmed.model.graph.initializer) == 6
+    turned = [0, 6, 8, 9, 4, 10, 5, 11]
+    found = [array for array in slimmed.kept["initializers"].values() if array.get("0") == turned]
+    assert len(found) == 2  # weights and bias
+
+
+def test_two_shuffles_in_a_row_go_into_one_convolution() -> None:
+    second, constants = shuffle("s", "t", 3, 12)
+    model = around(
+        [CONV, node("Relu", ["c"], ["a"])],
+        [*second, node("Conv", ["t", "v"], ["y"])],
+        v=weights(2, 12, 1, 1, seed=1),
+        **constants,
+    )
+    slimmed = slim_and_verify(model)
+    assert operators(slimmed.model) == ["Conv", "Relu", "Conv"]
+    rows = slimmed.kept["initializers"]["w"]["0"]
+    assert np.array_equal(initializer(slimmed.model, "w"), initializer(model, "w")[rows])
+
+
+UNFOLDABLE = {
+    "others read its input, and its output": (
+        [CONV, node("Relu", ["c"], ["a"]), node("GlobalMaxPool", ["a"], ["g"])],
+        [
+            *(node("MaxPool", ["s"], ["h"], kernel_shape=[1, 1]), node("Conv", ["h", "v"], ["p"], pads=[1, 1, 1, 1])),
+            *(node("Conv", ["g", "v"], ["q"], pads=[1, 1, 1, 1]), node("Add", ["p", "q"], ["y"])),
+        ],
+    ),
+    "a grouped convolution makes it": (
+        [node("Conv", ["x", "wide"], ["e"]), node("Conv", ["e", "grouped"], ["a"], group=2)],
+        [node("MaxPool", ["s"], ["h"], kernel_shape=[1, 1]), node("Conv", ["h", "v"], ["y"], pads=[1, 1, 1, 1])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLDABLE)
+def test_a_shuffle_that_no_plain_convolution_can_take_is_one_gather(name: str) -> None:
+    before, after = UNFOLDABLE[name]
+    grouped = weights(12, 4, 1, 1, zero=(0, 1, 2, 3))
+    slimmed = slim_and_verify(around(before, after, wide=weights(8, 3, 1, 1), grouped=grouped))
+    assert operators(slimmed.model).count("Gather") == 1
+    assert "Transpose" not in operators(slimmed.model)
 
 
 @pytest.mark.parametrize("zero", [(1, 7), (0, 2, 9, 11)])
@@ -55,7 +179,7 @@ def test_even_survivors_stay_a_shuffle(zero: tuple[int, ...]) -> None:
         assert shapes["s_split"] == [-1, 2, 5, 6, 6]
         assert shapes["s_merge"] == [-1, 10, 6, 6]
     else:  # even, but the channels of one group do not stand beside those of the other any more
-        assert operators(slimmed.model) == ["Conv", "Gather", "Conv"]
+        assert operators(slimmed.model) == ["Conv", "Conv"]
 
 
 def test_a_shuffle_of_what_is_left_of_one_group_is_none() -> None:
