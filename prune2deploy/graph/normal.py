@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from prune2deploy.errors import InputError, one_line
@@ -15,7 +16,7 @@ from prune2deploy.graph.fold import fold_constants
 from prune2deploy.graph.groupnorm import fuse_group_norms, restore_group_norms, settle_casts
 from prune2deploy.graph.infer import SMALL_CONSTANT, infer_shapes, says_nothing
 from prune2deploy.graph.open_sizes import name_sizes
-from prune2deploy.graph.order import remove_dead_nodes, sort_nodes
+from prune2deploy.graph.order import outputs_within, redirect, remove_dead_nodes, sort_nodes
 from prune2deploy.graph.shapes import fold_shapes
 from prune2deploy.graph.shuffle import fuse_shuffles, restore_shuffles
 from prune2deploy.graph.stored import absorb_transposes
@@ -46,9 +47,7 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
         fold_constants(graph)
         fold_shapes(graph)
         remove_dead_nodes(graph)
-        again = _exported(graph, model)
-        _remove_passing(again.graph)
-        graph = _imported(again)  # more shapes are known by now
+        graph = _imported_again(graph, model)  # more shapes are known by now
     absorb_transposes(graph)
     fold_constants(graph)
     remove_dead_nodes(graph)
@@ -72,6 +71,28 @@ def _imported(model: onnx.ModelProto) -> gs.Graph:
         if tensor.shape is not None:
             tensor.shape = [None if says_nothing(str(size)) else size for size in tensor.shape]
     return graph
+
+
+def _imported_again(graph: gs.Graph, like: onnx.ModelProto) -> gs.Graph:
+    """Return the graph as it is read from what it would write; large weights are handed over, not written."""
+    outputs = outputs_within(graph)
+    weights: dict[str, gs.Constant] = {}
+    for name, tensor in graph.tensors().items():
+        if isinstance(tensor, gs.Constant) and np.prod(tensor.shape) > SMALL_CONSTANT and id(tensor) not in outputs:
+            weights[name] = tensor.copy()
+            tensor.values = LazyValues(_without_data(tensor))
+    written = _exported(graph, like)
+    _remove_passing(written.graph)
+    graph = _imported(written)
+    for name, tensor in graph.tensors().items():
+        if name in weights:
+            redirect(tensor, weights[name])
+    return graph
+
+
+def _without_data(tensor: gs.Constant) -> onnx.TensorProto:
+    element = tensor.dtype if isinstance(tensor.dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
+    return onnx.TensorProto(name=tensor.name, dims=tensor.shape, data_type=element)
 
 
 def _exported(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
