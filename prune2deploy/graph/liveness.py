@@ -90,8 +90,9 @@ def live_channels(
 
 
 def _is_constant(node: Node, outs: list[np.ndarray | None], known: Known, tables: Tables) -> bool:
-    """Whether a node's result can be written down: constant on all live positions, of a shape that is known."""
-    if known.rules[node.index] is None or len(outs) != 1 or outs[0] is None:
+    """Whether a node's result can be written down, and is not: constant on all live positions, of a known shape."""
+    rule = known.rules[node.index]
+    if rule is None or rule.kind == "constant" or len(outs) != 1 or outs[0] is None:
         return False
     output = node.outputs[0]
     if not known.view.of(output).constant[outs[0]].all() or output.shape is None:
@@ -119,17 +120,21 @@ def _settled(demands: list[tuple[int, Demand]], layout: tuple[int, ...]) -> tupl
         reader[mask & ~live] = index
         live |= mask
     for index, demand in demands:
+        alive = ~fit_mask(~live, demand.live.shape) if demand.choices else live
         for choice in demand.choices:
-            if demand.live.shape != layout:  # the reader saw axes that the value does not have: take the first place
-                spread = np.zeros(demand.live.shape, dtype=bool)
-                spread.flat[choice.positions] = True
-                mask = fit_mask(spread, layout)
+            strong = choice.positions[choice.weights * STAND_IN >= choice.weights.max()]
+            if not alive.flat[strong].any():
+                best = int(choice.positions[np.argmax(choice.weights)])
+                alive.flat[best] = True
+                mask = fit_mask(
+                    _only(best, alive.shape), layout
+                )  # the value may have axes that its reader does not see
                 reader[mask & ~live] = index
                 live |= mask
-                continue
-            strong = choice.positions[choice.weights * STAND_IN >= choice.weights.max()]
-            if not live.flat[strong].any():
-                best = int(choice.positions[np.argmax(choice.weights)])
-                live.flat[best] = True
-                reader.flat[best] = index
     return live, reader
+
+
+def _only(position: int, layout: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros(layout, dtype=bool)
+    mask.flat[position] = True
+    return mask

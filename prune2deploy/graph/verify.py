@@ -408,9 +408,11 @@ def _rounding(case: Case, moved: np.ndarray, scale: np.ndarray, *, steps: bool, 
         return STEP_FACTOR * moved
     noise = (SHAKEN_FACTOR if shaken else NOISE_FACTOR) * moved
     largest = max([1.0, *(float(_magnitudes(feed).max(initial=0.0)) for feed in case.feeds.values())])
+    last_places = LAST_PLACES * float(np.finfo(np.float32).eps) * largest
     if shaken:  # what is no larger than a few last places of the inputs is what is left of a difference of equals
-        noise = np.where(scale <= LAST_PLACES * float(np.finfo(np.float32).eps) * largest, scale + noise, noise)
+        noise = np.where(scale <= last_places, scale + noise, noise)
     if case.label in FAR:
+        noise = noise + shaken * last_places  # a constant is rounded alike beside inputs, however weights are moved
         return np.where(shaken & (NOISE_FACTOR * moved > HOPELESS * scale), np.inf, noise)
     return np.where(scale < FAINT * largest, noise, np.minimum(noise, MOST_NOISE * scale))
 

@@ -257,3 +257,18 @@ def test_nodes_that_no_output_needs_are_gone_and_counted_nowhere() -> None:
         v=weights(2, 3, 1, 1),
     )
     assert len(tables(normalise(model)).nodes) == 1
+
+
+def test_one_of_equal_channels_is_enough_for_a_reader_that_does_not_see_their_space() -> None:
+    """A product along the width gives its result positions there, of which a convolution knows nothing."""
+    rows = weights(5, 3, 1, 1)
+    rows[[1, 2, 3]] = rows[0]
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("MatMul", ["a", "nothing"], ["z"]),
+        node("Add", ["z", "a"], ["b"]),
+        node("Conv", ["b", "v"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    constants = {"w": rows, "nothing": np.zeros((4, 4), np.float32), "v": weights(2, 5, 3, 3, seed=1)}
+    model = graph(nodes, constants, {"x": ["N", 3, 4, 4]}, {"y": ["N", 2, 4, 4]})
+    assert slim_and_verify(model).analysis.keep.kept["a", 1].sum() == 2

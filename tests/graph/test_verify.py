@@ -346,6 +346,19 @@ def test_what_is_left_of_a_difference_of_equals_may_be_nothing() -> None:
         verify(made[0], made[2])
 
 
+def test_a_constant_that_large_inputs_round_is_no_difference() -> None:
+    """x + c - x is c but for the last places of x, and moving weights moves none of them."""
+    add = [node("Conv", ["x", "w"], ["v"]), node("Add", ["v", "c"], ["a"]), node("Sub", ["a", "v"], ["y"])]
+    zero = [node("Sub", ["v", "v"], ["z"]), node("Add", ["z", "c"], ["y"])]
+    shapes = {"x": ["N", 1, 6, 6]}, {"y": ["N", 2, 6, 6]}
+    constants = {"w": weights(2, 1, 1, 1) + 3, "c": np.full((1, 1, 1), 0.0456, np.float32)}
+    made = [data(graph(nodes, constants, *shapes)) for nodes in (add, [add[0], *zero])]
+    assert verify(made[0], made[1]).ill_conditioned == ["large, batch 1", "large, batch 3"]
+    made.append(data(graph([add[0], *zero], constants | {"c": constants["c"] * np.float32(1.01)}, *shapes)))
+    with pytest.raises(VerifyError, match="differs"):
+        verify(made[0], made[2])
+
+
 def test_an_output_that_is_nothing_but_rounding_is_no_difference() -> None:
     """The mean of what a norm made has no value of its own: it is 0 but for the order of additions."""
     made = []

@@ -34,6 +34,7 @@ RULES: dict[str, Rule] = {
     "AveragePool": pool.AVERAGE_POOL,
     "BatchNormalization": channelwise.BATCH_NORMALIZATION,
     "Concat": concat.CONCAT,
+    "ConstantOfShape": repeat.STATED,
     "Conv": linear.CONV,
     "ConvInteger": quantized_linear.CONV_INTEGER,
     "ConvTranspose": linear.CONV_TRANSPOSE,
@@ -107,6 +108,8 @@ def rule_for(node: Node) -> Rule | None:
         return None
     if node.op_type in PRODUCTS and all(operand.is_value for operand in node.inputs[:2]):
         return product.PRODUCT
+    if node.op_type == "Expand" and not node.inputs[0].is_value:
+        return repeat.STATED
     if norm.BY_GROUP in node.attributes:
         return norm.GROUP_NORM_OF_THREE
     return quantized_linear.stored_weights_rule(node) or RULES.get(node.op_type)

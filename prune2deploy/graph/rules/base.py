@@ -177,7 +177,7 @@ class Rule:
         parts: how constant operands follow positions (what groups and the cost model are made of).
         work: the layer's multiply-adds, where it has any.
         kind: word for reports: ``linear``, ``norm``, ``activation``, ``elementwise``, ``product``, ``pool``,
-            ``movement``.
+            ``movement``, ``shape``, ``constant``.
         types: the types that every output may have.
         constant_first: whether the first input may be a constant.
     """

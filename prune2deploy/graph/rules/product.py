@@ -126,7 +126,8 @@ def _whole(left: Side, right: Side, signature: Hashable, view: View) -> tuple[np
     a, b = (side.fact.map(lambda array: np.broadcast_to(array, layout)) for side in (left, right))
     plain = (a.shift == 0) & (b.shift == 0)  # (s X)(s' Y) = s s' (X Y)
     keyed = (Fact(part.number, np.where(plain & (part.scale != 0), 1.0, part.scale), part.shift) for part in (a, b))
-    scale = np.where(plain, a.scale * b.scale, 1.0)
+    nothing = (a.constant & (a.shift == 0)) | (b.constant & (b.shift == 0))
+    scale = np.where(nothing, 0.0, np.where(plain, a.scale * b.scale, 1.0))
     return view.numbers.of_facts(signature, *keyed), scale
 
 

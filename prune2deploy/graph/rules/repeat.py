@@ -1,4 +1,7 @@
-"""Operators that repeat: Expand and Tile. A channel that is repeated becomes that many equal channels."""
+"""Operators that repeat: Expand and Tile. A channel that is repeated becomes that many equal channels.
+
+Also those that repeat a constant as often as sizes say: ConstantOfShape, and an Expand of a constant.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune2deploy.graph.constraints import Constraint, Positions
-from prune2deploy.graph.fact import Fact, Shape, layout_key
+from prune2deploy.graph.fact import Fact, Shape, constant, layout_key
 from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules.base import Demand, Edit, Rule, View, freeze, tie_axes
+from prune2deploy.graph.rules.channelwise import nothing_to_drop
 from prune2deploy.graph.rules.pool import linear_window
 from prune2deploy.graph.rules.sources import (
     MOVED,
     Plan,
     computed,
     everything,
+    exact,
     plan_of,
     renumbered,
     sourced_rule,
@@ -156,3 +161,40 @@ def _drop_expand(node: Node, edit: Edit) -> None:
 
 
 EXPAND = Rule(_expand_facts, _expand_live, _expand_ties, _drop_expand, "movement", types=MOVED)
+
+
+# --- constants of a size that is computed -----------------------------------------------------------------------------
+
+
+def _stated(node: Node) -> np.ndarray:
+    if node.op_type == "ConstantOfShape":
+        value = node.attribute("value")
+        return np.zeros(()) if value is None else np.asarray(value.values).reshape(())
+    return np.asarray(node.inputs[0].array)
+
+
+def _stated_facts(node: Node, view: View) -> list[Fact] | str:
+    after, values = node.outputs[0].shape, _stated(node)
+    if after is None:
+        return "the rank of its result is not known"
+    if not exact(values):
+        return "its value is not finite or too large"
+    if values.ndim > len(after):
+        return "its shapes contradict each other"
+    fact = constant(values.reshape((1,) * (len(after) - values.ndim) + values.shape))
+    if any(size > 1 and after[axis] != size for axis, size in enumerate(fact.shape)):
+        return "the size of an axis with channels is not known"
+    return [fact]
+
+
+def _stated_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
+    return {slot: everything(node.inputs[slot], view) for slot in node.value_slots}
+
+
+def _stated_ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) -> Iterable[Constraint]:
+    for axis in range(len(view.of(node.outputs[0]).shape)):
+        yield freeze(positions.ids(node.outputs[0].name, axis))  # the computed sizes may hold its size
+
+
+STATED = Rule(_stated_facts, _stated_live, _stated_ties, nothing_to_drop, "constant", types=MOVED, constant_first=True)
+"""The rule of ConstantOfShape, and of an Expand of a constant."""

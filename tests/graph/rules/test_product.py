@@ -178,3 +178,24 @@ def test_channel_attention_keeps_its_pairs() -> None:
     ]
     slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 5]}, {"y": ["N", 6, 5]}))
     assert [row.after for row in slimmed.layers if row.op_type == "Conv"] == [4, 6]
+
+
+def test_a_zero_times_a_constant_is_zero_where_the_contracted_axis_has_no_positions() -> None:
+    """Attention that weighs all places alike, of values with a dead channel."""
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Flatten", ["a"], ["f"], axis=2),
+        node("Transpose", ["f"], ["values"], perm=[0, 2, 1]),
+        node("Mul", ["values", "zero"], ["z"]),
+        node("MatMul", ["z", "same"], ["scores"]),
+        node("Softmax", ["scores"], ["even"], axis=-1),
+        node("MatMul", ["even", "values"], ["m"]),
+        node("MatMul", ["m", "v"], ["y"]),
+    ]
+    w = np.random.default_rng(0).standard_normal((4, 3, 1, 1)).astype(np.float32)
+    w[1] = 0
+    constants = {"w": w, "zero": np.float32(0), "same": f32(np.ones((4, 36))), "v": f32(np.ones((4, 2)))}
+    nodes[1] = node("Reshape", ["a", "flat"], ["f"])
+    model = graph(nodes, constants | {"flat": ints(0, 4, 36)}, {"x": ["N", 3, 6, 6]}, {"y": ["N", 36, 2]})
+    slimmed = slim_and_verify(model)
+    assert slimmed.analysis.known.view.facts["m"].constant.ravel().tolist() == [False, True, False, False]

@@ -1,5 +1,6 @@
 """Lines of the family repeat, and channels that are repeated."""
 
+import numpy as np
 import pytest
 from onnx.helper import make_node as node
 
@@ -18,6 +19,8 @@ LINES: list[Line] = [
     ("Expand", ("x", ints(3, 1, 1, 1, 1)), {}),
     ("Expand", ("x", ints(2, 6)), {"spatial": (), "batch": 1, "opset": 9}),
 ]
+
+TESTED_BY_OTHER_MEANS = {"ConstantOfShape"}
 
 
 @pytest.mark.parametrize("line", LINES, ids=label)
@@ -73,3 +76,43 @@ def test_an_axis_that_two_values_gain_in_other_places_makes_other_functions() ->
     model = graph(nodes, constants, {"x": [2, 3, 6, 6]}, {"y": [2, 2, 4, 6, 6]})
     facts = analysis_of(model).known.view.facts
     assert not facts["y"].constant.any()
+
+
+STATED = {
+    "ConstantOfShape": "z = ConstantOfShape (sizes)",
+    "ConstantOfShape with a value": "z = ConstantOfShape <value: tensor = float[1] {0.0}> (sizes)",
+    "Expand of a constant": "z = Expand (nothing, sizes)",
+}
+
+
+@pytest.mark.parametrize("how", STATED)
+def test_zeros_of_a_size_that_is_computed_are_known(how: str) -> None:
+    """The zeros that widen a shortcut, in a batch of any size: what is added to them alone can be dead."""
+    model = parse(
+        "agraph (float[N,3,6,6] x) => (float[N,2,6,6] y) {"
+        "a = Conv(x, w) s = Shape <start: int = 0, end: int = 1> (x) sizes = Concat <axis: int = 0> (s, rest)"
+        + STATED[how]
+        + "c = Concat <axis: int = 1> (a, z) b = Conv(x, u) d = Add(b, c) r = Relu(d) y = Conv(r, v) }",
+        **{
+            "w": weights(4, 3, 1, 1, zero=(1,)),
+            "u": weights(8, 3, 1, 1, seed=1, zero=(1, 4, 6)),
+            "rest": ints(4, 6, 6),
+        },
+        **{"nothing": np.zeros((1, 4, 1, 1), np.float32), "v": weights(2, 8, 1, 1, seed=2)},
+    )
+    assert analysis_of(model).known.opaque == {}
+    slimmed = slim_and_verify(model)
+    live = slimmed.analysis.liveness.live["d"].ravel().tolist()
+    assert live == [True, False, True, True, False, True, False, True]
+    assert [row.after for row in slimmed.layers][:2] == [3, 5]
+
+
+def test_a_constant_that_is_expanded_is_not_written_down_again() -> None:
+    model = parse(
+        "agraph (float[N,3,6,6] x) => (float[N,8,6,6] y) {"
+        "a = Conv(x, w) s = Shape(a) z = Expand(map, s) y = Concat <axis: int = 1> (a, z) }",
+        w=weights(4, 3, 1, 1),
+        map=weights(1, 4, 1, 1, seed=1),
+    )
+    assert not analysis_of(model).changes
+    assert operators(slim_and_verify(model).model)[-2:] == ["Expand", "Concat"]
