@@ -643,8 +643,19 @@ MUTANTS: list[Mutant] = [
         ),
         (
             "no alias stands for its class",
-            "            if not live.flat[strong].any():\n",
+            "            if not alive.flat[strong].any():\n",
             "            if False:\n",
+        ),
+        (
+            "a reader that sees less takes all of equal channels",
+            "        alive = ~fit_mask(~live, demand.live.shape) if demand.choices else live\n",
+            "        alive = ~fit_mask(~live, demand.live.shape) if demand.choices else live\n"
+            "        if demand.choices and demand.live.shape != layout:\n            live[...] = True\n",
+        ),
+        (
+            "a channel that is live in one cell stands for its class",
+            "~fit_mask(~live, demand.live.shape)",
+            "fit_mask(live, demand.live.shape)",
         ),
     ),
     *_of(
@@ -780,6 +791,21 @@ MUTANTS: list[Mutant] = [
             "a shuffle of space remembers its sizes",
             "        edit.set_attribute(SHUFFLE, None)  # of sizes that its shapes do not hold\n",
             "        pass\n",
+        ),
+    ),
+    *_of(
+        "rules/repeat.py",
+        RULE_TESTS.format("repeat"),
+        (
+            "sizes that are computed hold none",
+            "        yield freeze(positions.ids(node.outputs[0].name, axis))  # the computed sizes may hold its size\n",
+            "        yield from ()\n",
+        ),
+        ("every constant of a computed size is zero", "np.asarray(value.values).reshape(())", "np.zeros(())"),
+        (
+            "a constant of a computed size needs no sizes",
+            "    return {slot: everything(node.inputs[slot], view) for slot in node.value_slots}\n",
+            "    return {}\n",
         ),
     ),
     *_of(

@@ -126,9 +126,7 @@ def _settled(demands: list[tuple[int, Demand]], layout: tuple[int, ...]) -> tupl
             if not alive.flat[strong].any():
                 best = int(choice.positions[np.argmax(choice.weights)])
                 alive.flat[best] = True
-                mask = fit_mask(
-                    _only(best, alive.shape), layout
-                )  # the value may have axes that its reader does not see
+                mask = fit_mask(_only(best, alive.shape), layout)  # its reader may not see all of its axes
                 reader[mask & ~live] = index
                 live |= mask
     return live, reader

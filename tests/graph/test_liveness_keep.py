@@ -259,8 +259,12 @@ def test_nodes_that_no_output_needs_are_gone_and_counted_nowhere() -> None:
     assert len(tables(normalise(model)).nodes) == 1
 
 
-def test_one_of_equal_channels_is_enough_for_a_reader_that_does_not_see_their_space() -> None:
-    """A product along the width gives its result positions there, of which a convolution knows nothing."""
+@pytest.mark.parametrize("wanted", [None, 1, 3])
+def test_one_of_equal_channels_is_enough_for_a_reader_that_does_not_see_their_space(wanted: int | None) -> None:
+    """A product along the width gives its result positions there, of which a convolution knows nothing.
+
+    Where another reader wants one of the channels, in one column alone, that one cannot stand for the others.
+    """
     rows = weights(5, 3, 1, 1)
     rows[[1, 2, 3]] = rows[0]
     nodes = [
@@ -270,5 +274,10 @@ def test_one_of_equal_channels_is_enough_for_a_reader_that_does_not_see_their_sp
         node("Conv", ["b", "v"], ["y"], pads=[1, 1, 1, 1]),
     ]
     constants = {"w": rows, "nothing": np.zeros((4, 4), np.float32), "v": weights(2, 5, 3, 3, seed=1)}
-    model = graph(nodes, constants, {"x": ["N", 3, 4, 4]}, {"y": ["N", 2, 4, 4]})
-    assert slim_and_verify(model).analysis.keep.kept["a", 1].sum() == 2
+    outputs = {"y": ["N", 2, 4, 4]}
+    if wanted is not None:
+        nodes.append(node("Slice", ["b", "from", "to", "axes"], ["o"]))
+        constants |= {"from": np.array([wanted, 0]), "to": np.array([wanted + 1, 1]), "axes": np.array([1, 3])}
+        outputs["o"] = ["N", 1, 4, 1]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 4, 4]}, outputs))
+    assert slimmed.analysis.keep.kept["a", 1].sum() == (2 if wanted is None else 3)

@@ -107,6 +107,17 @@ def test_zeros_of_a_size_that_is_computed_are_known(how: str) -> None:
     assert [row.after for row in slimmed.layers][:2] == [3, 5]
 
 
+def test_a_value_of_a_size_that_is_computed_is_known() -> None:
+    model = parse(
+        "agraph (float[N,3,6,6] x) => (float[N,2,6,6] y) {"
+        "a = Conv(x, w) s = Shape(a) z = ConstantOfShape <value: tensor = float[1] {2.0}> (s)"
+        "b = Mul(a, z) y = Conv(b, v) }",
+        w=weights(4, 3, 1, 1, zero=(1,)),
+        v=weights(2, 4, 1, 1),
+    )
+    assert slim_and_verify(model).removed_channels == 1
+
+
 def test_a_constant_that_is_expanded_is_not_written_down_again() -> None:
     model = parse(
         "agraph (float[N,3,6,6] x) => (float[N,8,6,6] y) {"
