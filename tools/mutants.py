@@ -719,9 +719,22 @@ MUTANTS: list[Mutant] = [
         "tests/graph/test_open_sizes.py",
         (
             "sizes that a Resize is given are not looked at",
-            '"Resize": _resized}',
-            "}",
+            '    "Resize": _resized,\n',
+            "",
         ),
+        (
+            "a factor of 1 leaves no size as it is",
+            "[size if scale == 1 else None for",
+            "[None for",
+        ),
+        (
+            "any factor leaves a size as it is",
+            "[size if scale == 1 else None for",
+            "[size for",
+        ),
+        ("a Range counts nothing", '    "Range": _counted,\n', ""),
+        ("an Expand says nothing of its size", '    "Expand": _expanded,\n', ""),
+        ("a ConstantOfShape says nothing of its size", '    "ConstantOfShape": _filled,\n', ""),
         (
             "what is left of a Reshape is not named",
             "    return [found if axis == opened[0] else size for axis, size in enumerate(output)]\n",
@@ -736,6 +749,13 @@ MUTANTS: list[Mutant] = [
             "== [[0], [size], [1]]",
             "!= []",
         ),
+    ),
+    *_of(
+        "strided.py",
+        "tests/graph/test_open_sizes.py",
+        ("elements that are read by stride need no order", "(read.ravel() == np.arange(whole)).all()", "True"),
+        ("any stride is that of the batch", "places[0] != whole or ", ""),
+        ("elements that are read by stride stay apart", "            redirect(output, source)\n", ""),
     ),
     *_of(
         "windows.py",

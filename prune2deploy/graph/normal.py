@@ -20,6 +20,7 @@ from prune2deploy.graph.order import outputs_within, redirect, remove_dead_nodes
 from prune2deploy.graph.shapes import fold_shapes
 from prune2deploy.graph.shuffle import fuse_shuffles, restore_shuffles
 from prune2deploy.graph.stored import absorb_transposes
+from prune2deploy.graph.strided import reshape_strided
 from prune2deploy.graph.windows import join_windows, part_windows
 
 
@@ -53,6 +54,8 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     remove_dead_nodes(graph)
     sort_nodes(graph)
     name_sizes(graph)
+    reshape_strided(graph)
+    remove_dead_nodes(graph)
     part_windows(graph)
     fuse_shuffles(graph)
     fuse_group_norms(graph)

@@ -94,12 +94,43 @@ def _balanced(node: gs.Node) -> Shape | None:
 
 
 def _resized(node: gs.Node) -> Shape | None:
-    """Return the sizes that a Resize is given, where it is given those of all axes."""
+    """Return the sizes that a Resize is given for all axes, or those that its scales leave as they are."""
     whole = "axes" not in node.attrs and node.attrs.get("keep_aspect_ratio_policy", "stretch") == "stretch"
-    return entries_of(node.inputs[3]) if whole and len(node.inputs) == 4 else None
+    if len(node.inputs) == 4:
+        return entries_of(node.inputs[3]) if whole else None
+    source, scales = node.inputs[0].shape, node.inputs[-1]
+    if source is None or not whole or not isinstance(scales, gs.Constant) or scales.values.size != len(source):
+        return None
+    return [size if scale == 1 else None for size, scale in zip(source, scales.values.ravel(), strict=True)]
 
 
-_SAY: dict[str, Callable[[gs.Node], Shape | None]] = {"Reshape": _balanced, "Resize": _resized}
+def _counted(node: gs.Node) -> Shape | None:
+    """Return how many numbers a Range from 0 in steps of 1 gives."""
+    start, limit, step = (entries_of(tensor) for tensor in node.inputs)
+    return limit if (start, step) == ([0], [1]) else None
+
+
+def _expanded(node: gs.Node) -> Shape | None:
+    """Return the sizes that an Expand is given, where its input has only one of everything."""
+    source, wanted = node.inputs[0].shape, entries_of(node.inputs[1])
+    if source is None or wanted is None or len(source) > len(wanted):
+        return None
+    before = [*[1] * (len(wanted) - len(source)), *source]
+    return [new if old == 1 else None for old, new in zip(before, wanted, strict=True)]
+
+
+def _filled(node: gs.Node) -> Shape | None:
+    return entries_of(node.inputs[0])
+
+
+_SAY: dict[str, Callable[[gs.Node], Shape | None]] = {
+    "Reshape": _balanced,
+    "Resize": _resized,
+    "Upsample": _resized,
+    "Range": _counted,
+    "Expand": _expanded,
+    "ConstantOfShape": _filled,
+}
 """What else an operator says of its output's shape."""
 
 

@@ -179,6 +179,67 @@ def test_channels_pass_an_expand_and_a_resize_to_computed_sizes() -> None:
     assert not [shape for shape in shapes if any(is_open(size) for size in shape)]
 
 
+def whole(made: onnx.ModelProto) -> bool:
+    """Whether every size of a graph in normal form is known by number or name."""
+    shapes = [tensor.shape for each in normalise(copy_of(made)).nodes for tensor in each.outputs]
+    return not any(shape is None or any(is_open(size) for size in shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("scales", [(1, 1, 2, 2), (1, 1, 2, 1.5)])
+def test_the_batch_passes_a_resize_by_factors(scales: tuple[float, ...]) -> None:
+    nodes = 'r = Resize <mode = "linear"> (a, , scales)  z = Relu (r)'
+    made = model(nodes, scales=np.array(scales, dtype=np.float32))
+    assert whole(made)
+    slimmed_to(made, 5, 2)
+
+
+@pytest.mark.parametrize("made_by", ["Expand (one, t)", "ConstantOfShape (t)"])
+def test_the_batch_passes_constants_of_its_size(made_by: str) -> None:
+    nodes = f"""
+        b = Unsqueeze (n, zeros)
+        t = Concat <axis = 0> (b, rest)
+        e = {made_by}
+        h = Slice (a, four, eight, first)
+        z = Concat <axis = 1> (h, e)
+    """
+    constants = {"rest": ints(4, 4, 4), "four": ints(4), "eight": ints(8), "first": ints(1)}
+    made = model(nodes, zeros=ints(0), one=np.ones((1, 1), np.float32), **constants)
+    assert whole(made)
+    slim_and_verify(made)
+
+
+def strided(places: np.ndarray, step: int) -> onnx.ModelProto:
+    """Return a pooled map that is read by computed indices: ``step`` times the batch's index and ``places``."""
+    nodes = """
+        m = ReduceMean <keepdims = 1> (a, space)
+        f = Reshape (m, all)
+        i = Range (zero, n, unit)
+        j = Mul (i, step)
+        k = Unsqueeze (j, behind)
+        l = Add (zero, k)
+        o = Add (l, places)
+        g = Gather <axis = 0> (f, o)
+        z = Reshape (g, image)
+    """
+    behind = ints(*range(1, places.ndim))
+    constants = {"space": ints(2, 3), "all": ints(-1), "unit": np.array(1), "step": np.array(step), "behind": behind}
+    return model(nodes, **constants, places=places, image=ints(-1, 8, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 8), (1, 1, 8)])
+def test_a_stride_over_all_elements_in_order_is_the_value_itself(shape: tuple[int, ...]) -> None:
+    made = strided(np.arange(8).reshape(shape), 8)
+    slimmed = slimmed_to(made, 5, 2)
+    assert not {"Gather", "Range"} & set(operators(slimmed.model))
+
+
+@pytest.mark.parametrize(("places", "step"), [(np.arange(8)[::-1], 8), (np.arange(8), 4), (np.arange(8), 0)])
+def test_a_stride_in_another_order_stays(places: np.ndarray, step: int) -> None:
+    made = strided(places.reshape(1, 8, 1, 1), step)
+    assert "Range" in [node.op for node in normalise(copy_of(made)).nodes]
+    slim_and_verify(made)
+
+
 def test_sizes_that_are_doubled_together_stay_two_entries() -> None:
     nodes = [
         node("Shape", ["x"], ["s"]),
