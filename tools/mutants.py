@@ -485,6 +485,22 @@ MUTANTS: list[Mutant] = [
             "            sizes[axis] = len(indices)\n",
             "            pass\n",
         ),
+        ("heads are not tied", "            yield Equal(own, other)\n", "            yield from ()\n"),
+        (
+            "heads that were in the batch are all alike",
+            "    fact = expand(fact, 0, heads.out, (heads.out, heads.each, *before[2:]), view.numbers)\n",
+            "    fact = fact.map(lambda array: np.repeat(array, heads.out, axis=0))\n",
+        ),
+        (
+            "the first head stands for all",
+            "    fact = collapse(fact, 0, (heads.into, heads.each, *before[2:]), view.numbers)\n",
+            "    fact = fact.map(lambda array: array[:1])\n",
+        ),
+        (
+            "what one head reads is not read of the others",
+            "            mask = np.broadcast_to(wanted, (heads.into, *wanted.shape))\n",
+            "            mask = np.stack([wanted, *[wanted & False] * (heads.into - 1)])\n",
+        ),
     ),
     *_of(
         "rules/norm.py",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from prune2deploy.graph.constraints import Constraint, Positions
-from prune2deploy.graph.fact import ONE, Fact, make
+from prune2deploy.graph.fact import ONE, Fact, collapse, make
 from prune2deploy.graph.node import FLOATS, Node
 from prune2deploy.graph.rules.base import Demand, Rule, View, freeze, tie_axes
 from prune2deploy.graph.rules.channelwise import nothing_to_drop, same_layout_live, same_layout_ties
@@ -55,16 +55,23 @@ def _checked(facts: Callable[[Node, View], list[Fact]]) -> Callable[[Node, View]
     """Return facts that decline what no pool's facts hold for."""
 
     def checked(node: Node, view: View) -> list[Fact] | str:
-        if max(view.of(node.inputs[0]).shape[2:], default=1) > 1:
-            return "its space holds channels"
         return "a window may hold nothing but padding" if _hollow(node) else facts(node, view)
 
     return checked
 
 
+def _map(node: Node, view: View) -> Fact:
+    """Return the fact of what is pooled, without positions in space: a window takes what lies in it together."""
+    operand = node.inputs[0]
+    fact = view.of(operand)
+    for axis in range(2, len(fact.shape)):
+        fact = collapse(fact, axis, operand.shape or (), view.numbers)
+    return fact
+
+
 def _average_facts(node: Node, view: View) -> list[Fact]:
     border = bool(_padded(node) and node.attribute("count_include_pad", 0))
-    return [linear_window(view.of(node.inputs[0]), _signature(node), border=border, view=view)]
+    return [linear_window(_map(node, view), _signature(node), border=border, view=view)]
 
 
 def _lp_facts(node: Node, view: View) -> list[Fact]:
@@ -72,7 +79,7 @@ def _lp_facts(node: Node, view: View) -> list[Fact]:
 
     Without padding that function is the number of the window's elements, to the power of 1/p.
     """
-    fact = view.of(node.inputs[0])
+    fact = _map(node, view)
     plain = fact.constant | (fact.shift == 0)
     factor = np.where(fact.constant, np.abs(fact.shift), np.where(plain, np.abs(fact.scale), 1.0))
     keyed = Fact(fact.number, np.where(plain, 1.0, fact.scale), np.where(plain, 0.0, fact.shift))
@@ -89,7 +96,7 @@ def _lp_facts(node: Node, view: View) -> list[Fact]:
 
 
 def _max_facts(node: Node, view: View) -> list[Fact]:
-    fact = view.of(node.inputs[0])
+    fact = _map(node, view)
     keyed = Fact(fact.number, np.where(fact.scale < 0, -1.0, 1.0), fact.shift)  # max(s X + t) = s max(X) + t for s > 0
     number = view.numbers.of_facts(str(_signature(node)), keyed, shift=False)
     place = np.arange(fact.number.size).reshape(fact.shape)
@@ -99,7 +106,7 @@ def _max_facts(node: Node, view: View) -> list[Fact]:
 
 
 def _max_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
-    mask = outs[0] if outs[0] is not None else np.zeros(view.of(node.inputs[0]).shape, dtype=bool)
+    mask = outs[0] if outs[0] is not None else np.zeros(view.of(node.outputs[0]).shape, dtype=bool)
     if len(outs) > 1 and outs[1] is not None:
         mask = mask | outs[1].any()
     return {0: Demand(mask)}

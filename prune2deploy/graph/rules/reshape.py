@@ -1,4 +1,8 @@
-"""Reshape and Flatten: blocks of axes that are merged and split, each block on its own."""
+"""Reshape and Flatten: blocks of axes that are merged and split, each block on its own.
+
+A batch of any size takes part in one way only: as many channels as there are heads become part of it, or come back out
+of it (``[N, 4 * 64, 256]`` and ``[4 * N, 64, 256]``, as attention is often written).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune2deploy.graph.constraints import FROZEN, Constraint, Hull, Positions
-from prune2deploy.graph.fact import Fact, Shape, expand, layout_key
+from prune2deploy.graph.constraints import FROZEN, Constraint, Equal, Hull, Ids, Positions
+from prune2deploy.graph.fact import Fact, Shape, collapse, expand, layout_key
 from prune2deploy.graph.node import Node
 from prune2deploy.graph.rules.base import Demand, Edit, Rule, View, freeze, tie_axes
 from prune2deploy.graph.rules.pool import linear_window
@@ -97,6 +101,40 @@ def _grow(before: Shape, after: Shape, i: int, j: int) -> tuple[int, int] | None
             return at[0], at[1]
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The channels of a block whose other axis is the batch: ``[into, each]`` of them become ``[out, each]``.
+
+    One of ``into`` and ``out`` is 1: the heads are in the batch there.
+    """
+
+    into: int
+    out: int
+    each: int
+
+
+def _heads(block: Block, before: Shape, after: Shape) -> Heads | None:
+    """Return the heads that a block takes into the batch or out of it; None where it does anything else."""
+    for axes, shape in ((block.into, before), (block.out, after)):
+        if axes[:2] != (0, 1) or isinstance(shape[0], int) or any(shape[axis] != 1 for axis in axes[2:]):
+            return None
+    own, other = before[1], after[1]
+    if not isinstance(own, int) or not isinstance(other, int) or max(own, other) % min(own, other):
+        return None
+    each = min(own, other)
+    return Heads(own // each, other // each, each)
+
+
+def _regrouped(fact: Fact, heads: Heads, before: Shape, view: View) -> Fact:
+    """Return the fact of a value whose channels lose their heads to the batch, or get them from there."""
+    fact = expand(fact, 1, heads.into * heads.each, before, view.numbers)
+    rest = fact.shape[2:]
+    fact = fact.map(lambda array: array.reshape(heads.into, heads.each, *rest))
+    fact = collapse(fact, 0, (heads.into, heads.each, *before[2:]), view.numbers)
+    fact = expand(fact, 0, heads.out, (heads.out, heads.each, *before[2:]), view.numbers)
+    return fact.map(lambda array: array.reshape(1, heads.out * heads.each, *rest))
+
+
 def _found(node: Node, view: View) -> list[Block]:
     """Return the blocks of a node that has some."""
     found = view.once(node, "blocks", lambda: blocks(node.inputs[0].shape or (), node.outputs[0].shape or ()))
@@ -111,9 +149,10 @@ def _expanded(node: Node, view: View, block: Block) -> bool:
 
 def _width(node: Node, view: View, found: list[Block]) -> int:
     """Return how many positions the result has, as far as sizes are known."""
-    before = node.inputs[0].shape or ()
-    into = [axis for block in found if _expanded(node, view, block) for axis in block.into]
-    return math.prod(size for axis in into if isinstance(size := before[axis], int))
+    before, after = node.inputs[0].shape or (), node.outputs[0].shape or ()
+    expanded = [block for block in found if _expanded(node, view, block)]
+    sides = [before[axis] for block in expanded for axis in block.into], [after[a] for b in expanded for a in b.out]
+    return max(math.prod(size for size in side if isinstance(size, int)) for side in sides)
 
 
 def _facts(node: Node, view: View) -> list[Fact] | str:
@@ -132,7 +171,13 @@ def _facts(node: Node, view: View) -> list[Fact] | str:
     target: list[int] = [1] * len(after)
     merged: list[Block] = []
     for block in found:
-        if _expanded(node, view, block):
+        if not _expanded(node, view, block):
+            merged += [] if block.same else [block]
+        elif heads := _heads(block, before, after):
+            fact = _regrouped(fact, heads, before, view)
+            target[1] = heads.out * heads.each
+            merged.append(block)
+        else:
             for axis in block.into:
                 size = before[axis]
                 if not isinstance(size, int):
@@ -145,8 +190,6 @@ def _facts(node: Node, view: View) -> list[Fact] | str:
                         return "it splits channels into sizes that are not known"
                     size = fact.shape[block.into[0]]
                 target[axis] = size
-        elif not block.same:
-            merged.append(block)
     if merged:
         signature = ("Reshape", str(merged), after, layout_key(before, fact))
         fact = linear_window(fact, signature, border=False, view=view)
@@ -154,17 +197,23 @@ def _facts(node: Node, view: View) -> list[Fact] | str:
 
 
 def _live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
-    before = node.inputs[0].shape
+    before, after, mask = node.inputs[0].shape, node.outputs[0].shape, outs[0]
     assert before is not None
-    assert outs[0] is not None
+    assert after is not None
+    assert mask is not None
     shape = [1] * len(before)
     for block in _found(node, view):
-        if _expanded(node, view, block):
-            for axis in block.into:
-                size = before[axis]
-                assert isinstance(size, int)
-                shape[axis] = size
-    demands = {0: Demand(outs[0].reshape(shape))}
+        if not _expanded(node, view, block):
+            continue
+        heads = _heads(block, before, after)
+        if heads is not None:
+            wanted = mask.reshape(heads.out, heads.each, -1).any(axis=0)
+            mask = np.broadcast_to(wanted, (heads.into, *wanted.shape))
+        for axis in block.into if heads is None else block.into[1:]:
+            size = before[axis]
+            assert isinstance(size, int)
+            shape[axis] = size
+    demands = {0: Demand(mask.reshape(shape))}
     if _shape(node, view) is None:  # it takes a computed shape as it comes
         demands |= {slot: everything(node.inputs[slot], view) for slot in computed(node, (1,))}
     return demands
@@ -176,11 +225,15 @@ def _ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) 
     for block in _found(node, view):
         if not _expanded(node, view, block):
             continue
+        heads = _heads(block, operand.shape or (), output.shape or ())
         into = [axis for axis in block.into if (operand.shape or ())[axis] != 1]
         out = [axis for axis in block.out if (output.shape or ())[axis] != 1]
         if fixed:
             for value, axes in ((operand, into), (output, out)):
                 yield from (freeze(positions.ids(value.name, axis)) for axis in axes)
+        elif heads is not None:
+            ids = [positions.ids(value.name, 1) for value in (operand, output)]
+            yield from _head_ties(heads, *ids)
         elif len(into) == 1 and len(out) == 1:
             yield from tie_axes(positions, (operand.name, into[0]), (output.name, out[0]))
         else:
@@ -189,6 +242,16 @@ def _ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) 
                 _axes(positions, output.name, output.shape, out),
             )
             yield Hull(sides)
+
+
+def _head_ties(heads: Heads, into: Ids | None, out: Ids | None) -> Iterable[Constraint]:
+    """Tie place i of every head to place i of every other."""
+    if into is None or out is None:
+        yield freeze(out if into is None else into)
+        return
+    for own in into.reshape(heads.into, heads.each):
+        for other in out.reshape(heads.out, heads.each):
+            yield Equal(own, other)
 
 
 def _axes(positions: Positions, value: str, shape: Shape | None, axes: list[int]) -> tuple[np.ndarray, ...]:

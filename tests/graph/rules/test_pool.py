@@ -101,13 +101,34 @@ def test_a_global_lp_pool_of_unknown_size_still_drops_zero_channels() -> None:
     slim_and_verify(model)
 
 
-def test_a_pool_over_positions_says_why_it_declines() -> None:
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool", "LpPool"])
+def test_a_pool_over_positions_takes_them_together(op: str) -> None:
+    """Channels in space, as in attention over tokens: their places stay, and the axis of channels is pruned."""
     nodes = [
         node("Conv", ["x", "w"], ["a"]),
         node("Transpose", ["a"], ["t"], perm=[0, 2, 3, 1]),
-        node("MaxPool", ["t"], ["p"], kernel_shape=[2, 2]),
+        node(op, ["t"], ["p"], kernel_shape=[2, 2]),
     ]
     model = graph(nodes, {"w": weights(4, 3, 1, 1, zero=(1,))}, {"x": [1, 3, 6, 6]}, ["p"])
     analysis = analysis_of(model)
-    assert list(analysis.known.opaque.values()) == ["its space holds channels"]
-    assert operators(slim_and_verify(model).model) == ["Conv", "Transpose", "MaxPool"]
+    assert not analysis.known.opaque
+    assert analysis.keep.removed == 0
+    assert operators(slim_and_verify(model).model) == ["Conv", "Transpose", op]
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+def test_channels_pass_a_pool_over_positions(op: str) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("MatMul", ["a", "nothing"], ["z"]),
+        node("Add", ["a", "z"], ["m"]),
+        node(op, ["m"], ["p"], kernel_shape=[2, 2], pads=[0, 1, 1, 0]),
+        node("Conv", ["p", "v"], ["y"]),
+    ]
+    constants = {"w": weights(4, 3, 1, 1, zero=(1,)), "nothing": np.zeros((6, 6), np.float32)}
+    constants |= {"v": weights(2, 4, 1, 1, seed=1)}
+    model = graph(nodes, constants, {"x": ["N", 3, 6, 6]}, ["y"])
+    assert analysis_of(model).known.view.facts["m"].shape == (1, 4, 1, 6)
+    slimmed = slim_and_verify(model)
+    assert not slimmed.opaque
+    assert slimmed.layers[0].after == 3

@@ -167,3 +167,61 @@ def test_a_large_map_whose_channels_stay_apart_is_no_matter() -> None:
     constants = {"w": weights(2, 3, 1, 1, zero=(1,)), "shape": ints(0, 2, -1)}
     analysis = analysis_of(graph(nodes, constants, {"x": ["N", 3, 2048, 2048]}, ["y"]))
     assert analysis.known.view.facts["y"].shape == (1, 2, 1)
+
+
+def with_heads(
+    w: np.ndarray, v: np.ndarray, *, inside: list[onnx.NodeProto], batch: str | int = "N"
+) -> onnx.ModelProto:
+    """Return three heads of four channels that are taken into the batch, nodes from ``h`` to ``t``, and back."""
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Reshape", ["a", "apart"], ["h"]),
+        *inside,
+        node("Reshape", ["t", "together"], ["b"]),
+        node("Conv", ["b", "v"], ["y"]),
+    ]
+    constants = {"w": w, "v": v, "apart": ints(-1, 4, 36), "together": ints(-1, 12, 6, 6)}
+    return graph(nodes, constants, {"x": [batch, 3, 6, 6]}, {"y": [batch, 2, 6, 6]})
+
+
+ATTENTION = [
+    node("Transpose", ["h"], ["q"], perm=[0, 2, 1]),
+    node("MatMul", ["q", "h"], ["s"]),
+    node("Softmax", ["s"], ["p"], axis=-1),
+    node("MatMul", ["h", "p"], ["t"]),
+]
+
+
+@pytest.mark.parametrize("inside", [[node("Relu", ["h"], ["t"])], ATTENTION], ids=["relu", "attention"])
+def test_a_place_that_is_dead_in_every_head_leaves_the_batch_as_it_is(inside: list[onnx.NodeProto]) -> None:
+    slimmed = slim_and_verify(with_heads(weights(12, 3, 1, 1, zero=(1, 5, 9)), weights(2, 12, 1, 1), inside=inside))
+    assert not slimmed.opaque
+    assert slimmed.layers[0].after == 9
+    assert initializer(slimmed.model, "apart").tolist() == [-1, 3, 36]
+    assert initializer(slimmed.model, "together").tolist() == [-1, 9, 6, 6]
+
+
+@pytest.mark.parametrize("zero", [(1, 5), (0, 1, 2, 3), (1, 6, 11)])
+def test_a_place_that_lives_in_one_head_stays_in_all(zero: tuple[int, ...]) -> None:
+    slimmed = slim_and_verify(with_heads(weights(12, 3, 1, 1, zero=zero), weights(2, 12, 1, 1), inside=ATTENTION))
+    assert not slimmed.opaque
+    assert slimmed.layers[0].after == 12
+
+
+def test_heads_are_told_apart_where_they_come_back() -> None:
+    """Equal places of one head are equal in every head, and those of two heads are not."""
+    w, v = weights(12, 3, 1, 1), weights(2, 12, 1, 1)
+    w[[2, 6, 10]] = w[[1, 5, 9]]
+    model = with_heads(w, v, inside=[node("Relu", ["h"], ["t"])])
+    number = analysis_of(model).known.view.facts["b"].number.ravel()
+    assert len(set(number.tolist())) == 9
+    assert (number[[1, 5, 9]] == number[[2, 6, 10]]).all()
+    assert slim_and_verify(model).layers[0].after == 9
+
+
+def test_what_one_head_alone_reads_is_read_of_all() -> None:
+    v = weights(2, 12, 1, 1)
+    v[:, [0, 2, 3, 4, 6, 7, 8, 10, 11]] = 0  # of place 1
+    v[:, [1, 5]] = 0
+    slimmed = slim_and_verify(with_heads(weights(12, 3, 1, 1), v, inside=[node("Relu", ["h"], ["t"])]))
+    assert slimmed.layers[0].after == 3
