@@ -103,7 +103,8 @@ def verify(
     Each output channel is compared against its own scale: the largest magnitude of the reference in it over all inputs,
     times ``rtol``, plus what rounding alone moves (the reference with optimisations on against off). Where that does
     not cover a difference, the reference is also run with its weights moved by a unit in the last place, at random:
-    what that moves is rounding too, on usual inputs up to a hundredth of the scale. Such inputs are listed.
+    what that moves is rounding too, on usual inputs up to a hundredth of the scale; on large ones, so are a few last
+    places of the largest. Such inputs are listed.
 
     Args:
         reference: the graph that is right.

@@ -190,20 +190,22 @@ def test_the_batch_passes_a_resize_by_factors(scales: tuple[float, ...]) -> None
     nodes = 'r = Resize <mode = "linear"> (a, , scales)  z = Relu (r)'
     made = model(nodes, scales=np.array(scales, dtype=np.float32))
     assert whole(made)
+    shapes = {tensor.name: tensor.shape for each in normalise(copy_of(made)).nodes for tensor in each.outputs}
+    assert shapes["r"] == shapes["z"] == ["N", 8, *(int(4 * scale) for scale in scales[2:])]
     slimmed_to(made, 5, 2)
 
 
 @pytest.mark.parametrize("made_by", ["Expand (one, t)", "ConstantOfShape (t)"])
 def test_the_batch_passes_constants_of_its_size(made_by: str) -> None:
     nodes = f"""
-        b = Unsqueeze (n, zeros)
+        b = Reshape (n, all)
         t = Concat <axis = 0> (b, rest)
         e = {made_by}
         h = Slice (a, four, eight, first)
         z = Concat <axis = 1> (h, e)
     """
     constants = {"rest": ints(4, 4, 4), "four": ints(4), "eight": ints(8), "first": ints(1)}
-    made = model(nodes, zeros=ints(0), one=np.ones((1, 1), np.float32), **constants)
+    made = model(nodes, all=ints(-1), one=np.ones((1, 1), np.float32), **constants)
     assert whole(made)
     slim_and_verify(made)
 
