@@ -371,6 +371,11 @@ MUTANTS: list[Mutant] = [
             "    border = False\n",
         ),
         (
+            "a MaxPool without positions ties nothing",
+            "        if not positions.has(output.name):\n",
+            "        if all(positions.ids(output.name, axis) is None for axis in axes):\n",
+        ),
+        (
             "MaxPool passes negative scales",
             "    keyed = Fact(fact.number, np.where(fact.scale < 0, -1.0, 1.0), fact.shift)",
             "    keyed = Fact(fact.number, np.ones(fact.shape), fact.shift)",
@@ -717,6 +722,15 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *_of(
+        "rewrite.py",
+        "tests/graph/test_uneven.py",
+        (
+            "the first group's columns are told for all",
+            "    return groups[0] if all(group == groups[0] for group in groups) else groups\n",
+            "    return groups[0]\n",
+        ),
+    ),
+    *_of(
         "sizes.py",
         "tests/graph/test_open_sizes.py",
         (
@@ -764,6 +778,24 @@ MUTANTS: list[Mutant] = [
             "any rows that are written are all rows",
             "== [[0], [size], [1]]",
             "!= []",
+        ),
+    ),
+    *_of(
+        "infer.py",
+        RULE_TESTS.format("pool"),
+        (
+            "a window that starts in the padding is counted",
+            "        count -= (count - 1) * step >= size + pads[axis]\n",
+            "",
+        ),
+    ),
+    *_of(
+        "normal.py",
+        "tests/graph/test_model.py",
+        (
+            "constants of small types are written as others",
+            "        if read and str(tensor.dtype)",
+            "        if str(0)",
         ),
     ),
     *_of(

@@ -57,7 +57,7 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
             bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     del model.graph.value_info[:]
     try:
-        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+        inferred = _inferred(bare)
     except (ValueError, RuntimeError, onnx.shape_inference.InferenceError) as error:
         log.warning("shapes could not be inferred (%s); operators without shapes stay opaque", one_line(error, 120))
         return {value.name: shape for value in model.graph.output if (shape := _believed(None, value)) is not None}
@@ -65,6 +65,49 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     pairs = zip(inferred.graph.output, model.graph.output, strict=True)
     believed = ((value.name, _believed(read_shape(value.type), given)) for value, given in pairs if value.name in made)
     return {name: shape for name, shape in believed if shape is not None}
+
+
+def _inferred(bare: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with its inner shapes, once every pool in it makes the sizes that runtimes make."""
+    while True:
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+        pools = [node for node in bare.graph.node if node.op_type in POOLS and node.domain in ("", "ai.onnx")]
+        shapes = {}
+        if any(attribute.name == "ceil_mode" and attribute.i for node in pools for attribute in node.attribute):
+            shapes = {value.name: read_shape(value.type) for value in (*inferred.graph.value_info, *bare.graph.input)}
+        if not any([floored(node, shapes.get(node.input[0])) for node in pools] if shapes else []):
+            return inferred
+
+
+POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})
+"""Operators that may round the number of their windows up."""
+
+
+def floored(node: onnx.NodeProto, shape: Shape | None) -> bool:
+    """Let a pool with ``ceil_mode`` say its sizes without it, by its padding; return whether there was anything to do.
+
+    Before opset 22 onnx counts a window that would start behind all of the input, and runtimes do not.
+    """
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    kernel = given.get("kernel_shape", [])
+    sizes = (shape or [])[2:]
+    if not given.get("ceil_mode", 0) or len(sizes) != len(kernel) or given.get("auto_pad", b"NOTSET") != b"NOTSET":
+        return False
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    ones = [1] * len(kernel)
+    strides, dilations = given.get("strides", ones), given.get("dilations", ones)
+    pads = list(given.get("pads", [0] * 2 * len(kernel)))
+    for axis, (size, taps, step, dilation) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
+        assert isinstance(size, int)
+        window, padded = (taps - 1) * dilation + 1, size + pads[axis] + pads[len(kernel) + axis]
+        count = -(-(padded - window) // step) + 1
+        count -= (count - 1) * step >= size + pads[axis]
+        pads[len(kernel) + axis] += max(0, (count - 1) * step + window - padded)
+    kept = [attribute for attribute in node.attribute if attribute.name not in ("ceil_mode", "pads")]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads)])
+    return True
 
 
 def _believed(inferred: Shape | None, given: onnx.ValueInfoProto) -> Shape | None:

@@ -16,7 +16,7 @@ from prune2deploy.graph.fold import fold_constants
 from prune2deploy.graph.groupnorm import fuse_group_norms, restore_group_norms, settle_casts
 from prune2deploy.graph.infer import SMALL_CONSTANT, infer_shapes, says_nothing
 from prune2deploy.graph.open_sizes import name_sizes
-from prune2deploy.graph.order import outputs_within, redirect, remove_dead_nodes, sort_nodes
+from prune2deploy.graph.order import all_inputs, outputs_within, redirect, remove_dead_nodes, sort_nodes
 from prune2deploy.graph.shapes import fold_shapes
 from prune2deploy.graph.shuffle import fuse_shuffles, restore_shuffles
 from prune2deploy.graph.stored import absorb_transposes
@@ -98,8 +98,16 @@ def _without_data(tensor: gs.Constant) -> onnx.TensorProto:
     return onnx.TensorProto(name=tensor.name, dims=tensor.shape, data_type=element)
 
 
+_NOT_WRITTEN = frozenset({"int4", "uint4", "float8_e4m3fnuz", "float8_e5m2fnuz", "object"})
+"""Types of arrays that onnx-graphsurgeon writes wrongly or not at all; what it did not read it hands on as it is."""
+
+
 def _exported(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     sort_nodes(graph)
+    for tensor in {id(tensor): tensor for node in graph.nodes for tensor in all_inputs(node)}.values():
+        read = isinstance(tensor, gs.Constant) and not isinstance(tensor._values, LazyValues)
+        if read and str(tensor.dtype) in _NOT_WRITTEN:
+            tensor.values = LazyValues(onnx.numpy_helper.from_array(tensor.values, tensor.name))
     with G_LOGGER.suppress():
         model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = like.ir_version

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from prune2deploy.graph.entries import MOST, entries_of
+from prune2deploy.graph.infer import POOLS, floored
 from prune2deploy.graph.sizes import Shape, Size, is_open, product, quotient, read_shape
 
 log = logging.getLogger(__name__)
@@ -156,6 +157,8 @@ def _inferred(node: gs.Node, graph: gs.Graph) -> list[Shape | None]:
     try:
         schema = onnx.defs.get_schema(node.op, graph.opset, node.domain or "")
         proto = OnnxExporter.export_node(node)
+        if node.op in POOLS:
+            floored(proto, node.inputs[0].shape)
         types = {tensor.name: _type_of(tensor) for tensor in node.inputs if tensor.name}
         small = {
             tensor.name: onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)

@@ -22,11 +22,14 @@ from prune2deploy.graph.node import Node, Operand, tables
 from prune2deploy.graph.normal import normalise, restore, to_model
 from prune2deploy.graph.order import all_inputs, redirect, remove_dead_nodes
 from prune2deploy.graph.permutation import fold_permutations
-from prune2deploy.graph.rules.base import Axis, Piece, View
+from prune2deploy.graph.rules.base import Axis, Part, Piece, View
 from prune2deploy.graph.rules.select import SHUFFLE
 from prune2deploy.graph.stored import Stored
 from prune2deploy.graph.uneven import GroupChoice, choose_groups
 from prune2deploy.graph.validity import blaming_the_file
+
+Indices = list[int] | list[list[int]]
+"""Kept old indices of an axis, in order; or of each group that shares it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,8 @@ class Slimmed:
         model: the slim graph.
         analysis: the facts, liveness and kept positions of the graph that it came from.
         layers: one row per convolution and linear layer, before and after.
-        kept: for every value axis and initializer axis that changed, the kept old indices in order (``slim.json``).
+        kept: for every value axis and initializer axis that changed, the kept old indices in order (``slim.json``); for
+            an axis that the groups of a convolution share, a list for each group where they kept different ones.
         opaque: operator -> how many nodes of it no rule covers.
         removed_channels: channels removed from convolution and linear outputs, removed layers included.
         removed_layers: names of the convolution and linear layers that are gone altogether.
@@ -52,7 +56,7 @@ class Slimmed:
     model: onnx.ModelProto
     analysis: Analysis
     layers: list[LayerRow]
-    kept: dict[str, dict[str, dict[str, list[int]]]]
+    kept: dict[str, dict[str, dict[str, Indices]]]
     opaque: dict[str, int]
     removed_channels: int
     removed_layers: list[str]
@@ -93,7 +97,7 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     normalised = time.perf_counter()
     analysis, groups = choose_groups(analyse(tables(graph), round_to=round_to))
     analysed = time.perf_counter()
-    kept: dict[str, dict[str, dict[str, list[int]]]] = {"values": {}, "initializers": {}}
+    kept: dict[str, dict[str, dict[str, Indices]]] = {"values": {}, "initializers": {}}
     sizes: dict[tuple[int, int], int] = {}
     gone: set[int] = set()
     if analysis.changes:
@@ -160,8 +164,8 @@ Orders = Mapping[str, np.ndarray]
 """The order in which the kept channels (axis 1) of a value stand, where it is not the old one."""
 
 
-def _kept_values(analysis: Analysis, orders: Orders) -> dict[str, dict[str, list[int]]]:
-    table: dict[str, dict[str, list[int]]] = {}
+def _kept_values(analysis: Analysis, orders: Orders) -> dict[str, dict[str, Indices]]:
+    table: dict[str, dict[str, Indices]] = {}
     for (value, axis), mask in analysis.keep.kept.items():
         if not mask.all():
             table.setdefault(value, {})[str(axis)] = _ordered(np.flatnonzero(mask), Axis(value, axis), orders)
@@ -204,12 +208,12 @@ def _forget_shapes(graph: gs.Graph) -> None:
 
 def _kept_initializers(
     analysis: Analysis, written: dict[tuple[int, int], gs.Constant], orders: Orders
-) -> dict[str, dict[str, list[int]]]:
+) -> dict[str, dict[str, Indices]]:
     """Return the kept old indices of the initializers that became smaller, by axis, under their new names.
 
     One that several nodes shared has several names where they keep different indices of it.
     """
-    table: dict[str, dict[str, list[int]]] = {}
+    table: dict[str, dict[str, Indices]] = {}
     for node in analysis.tables.nodes:
         rule = analysis.known.rules[node.index]
         if rule is None or node.index not in analysis.liveness.needed or node.index in analysis.known.view.divided:
@@ -218,13 +222,22 @@ def _kept_initializers(
             indices = analysis.keep.indices(part.axis.value, part.axis.axis)
             if indices is None:
                 continue
-            chosen = np.flatnonzero(analysis.keep.kept[part.axis.value, part.axis.axis][part.of])
+            chosen = _chosen(analysis.keep.kept[part.axis.value, part.axis.axis], part, orders)
             operand = node.inputs[part.slot]
             name = operand.stored.source if operand.stored is not None else operand.name
             if (node.index, part.slot) in written:
                 name = written[node.index, part.slot].name
-            table.setdefault(name, {})[str(part.constant_axis)] = _ordered(chosen, part.axis, orders)
+            table.setdefault(name, {})[str(part.constant_axis)] = chosen
     return dict(sorted(table.items()))
+
+
+def _chosen(mask: np.ndarray, part: Part, orders: Orders) -> Indices:
+    """Return the kept old indices of a constant's axis; by group where groups that share it keep different ones."""
+    size = len(part.of)
+    if size == len(mask) or len(mask) % size or not (part.of == np.arange(size)).all():
+        return _ordered(np.flatnonzero(mask[part.of]), part.axis, orders)
+    groups = [np.flatnonzero(own).tolist() for own in mask.reshape(-1, size) if own.any()]
+    return groups[0] if all(group == groups[0] for group in groups) else groups
 
 
 class _Writer:

@@ -44,14 +44,14 @@ def _read_in_order(node: gs.Node) -> gs.Tensor | None:
     sizes = (*source.shape[1:], *output.shape[1:])
     if not isinstance(source.shape[0], str) or not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
-    whole, places = int(np.prod(source.shape[1:])), _places(node.inputs[1])
+    whole, places = int(np.prod(source.shape[1:])), _places(node.inputs[1], source.shape[0])
     if places is None or places[0] != whole or whole != np.prod(output.shape[1:]):
         return None
     read = np.broadcast_to(places[1], (1, *output.shape[1:]))
     return source if (read.ravel() == np.arange(whole)).all() else None
 
 
-def _places(tensor: gs.Tensor) -> Places | None:
+def _places(tensor: gs.Tensor, batch: str) -> Places | None:
     if isinstance(tensor, gs.Constant):
         return 0, np.asarray(tensor.values)
     node = tensor.inputs[0] if tensor.inputs else None
@@ -59,10 +59,11 @@ def _places(tensor: gs.Tensor) -> Places | None:
         return None
     if node.op == "Range":
         start, _, step = (part.values if isinstance(part, gs.Constant) else None for part in node.inputs)
-        return (1, np.zeros((1,), np.int64)) if start == 0 and step == 1 else None
+        counts = start == 0 and step == 1 and list(tensor.shape) == [batch]
+        return (1, np.zeros((1,), np.int64)) if counts else None
     if node.op not in ("Add", "Mul", "Unsqueeze"):
         return None
-    found = [_places(part) for part in node.inputs]
+    found = [_places(part, batch) for part in node.inputs]
     first = found[0]
     if first is None or None in found:
         return None

@@ -413,7 +413,8 @@ def _rounding(case: Case, moved: np.ndarray, scale: np.ndarray, *, steps: bool, 
     if shaken:  # what is no larger than a few last places of the inputs is what is left of a difference of equals
         noise = np.where(scale <= last_places, scale + noise, noise)
     if case.label in FAR:
-        noise = noise + shaken * last_places  # a constant is rounded alike beside inputs, however weights are moved
+        # A constant is rounded alike beside inputs, however weights are moved.
+        noise = noise + shaken * np.minimum(last_places, MOST_NOISE * scale)
         return np.where(shaken & (NOISE_FACTOR * moved > HOPELESS * scale), np.inf, noise)
     return np.where(scale < FAINT * largest, noise, np.minimum(noise, MOST_NOISE * scale))
 

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401
 import numpy as np
 import onnx
 import pytest
@@ -282,3 +283,32 @@ def test_sparse_initializers_are_read() -> None:
     model.graph.sparse_initializer.append(sparse)
     slimmed = slim_and_verify(model)
     assert [row.after for row in slimmed.layers] == [2, 2]
+
+
+@pytest.mark.parametrize("element", ["int4", "uint4", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3fn"])
+@pytest.mark.parametrize("places", [12, 1100])
+def test_constants_of_small_types_come_back_bit_for_bit(element: str, places: int) -> None:
+    """Also large ones, in a graph that is read twice because of its Shape."""
+    table = (np.arange(places) % 7).astype(element)
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        *(node("Shape", ["a"], ["s"]), node("Reshape", ["a", "s"], ["y"])),
+        *(node("DequantizeLinear", ["table", "scale"], ["d"]), node("ReduceSum", ["x"], ["r"], keepdims=0)),
+        node("Add", ["d", "r"], ["z"]),
+    ]
+    constants = {"w": weights(4, 3, 1, 1, zero=(1,)), "scale": np.float32(0.5)}
+    model = graph(nodes, constants | {"table": table}, {"x": IMAGE}, {"y": ["N", 4, 6, 6], "z": [places]}, opset=21)
+    slimmed = slim_and_verify(model)
+    found = initializer(slimmed.model, "table")
+    assert found.dtype == table.dtype
+    assert found.tobytes() == table.tobytes()
+
+
+def test_strings_pass_through() -> None:
+    nodes = [node("Conv", ["x", "w"], ["y"]), node("Shape", ["x"], ["b"], start=0, end=1)]
+    nodes += [node("Gather", ["names", "b"], ["t"]), node("Equal", ["t", "t"], ["z"])]
+    names = np.array([f"name {index}" for index in range(40)], dtype=object)
+    outputs = {"y": ["N", 4, 6, 6], "z": [1]}
+    types = {"x": TensorProto.FLOAT, "y": TensorProto.FLOAT, "z": TensorProto.BOOL}
+    constants = {"w": weights(4, 3, 1, 1), "names": names}
+    slim_and_verify(graph(nodes, constants, {"x": IMAGE}, outputs, opset=21, element=types))

@@ -128,3 +128,26 @@ def test_a_group_of_constants_that_are_given_out_is_no_layer_of_zeros() -> None:
     assert convolutions(once.model) == 2
     again = slim_and_verify(once.model)
     assert (again.removed_channels, again.removed_layers) == (0, [])
+
+
+def test_the_kept_columns_of_grouped_weights_are_told_by_group_where_they_differ() -> None:
+    def kept_of(zero: tuple[int, ...], silent: tuple[int, ...] = ()) -> tuple[Any, np.ndarray, np.ndarray]:
+        nodes = [
+            node("Conv", ["x", "w"], ["a"]),
+            node("Conv", ["a", "k"], ["b"], group=2),
+            node("Conv", ["b", "v"], ["y"]),
+        ]
+        constants = {"w": weights(6, 3, 1, 1, zero=zero), "k": weights(6, 3, 1, 1, seed=2, zero=silent)}
+        constants |= {"v": weights(2, 6, 1, 1, seed=4)}
+        slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 4, 4]}, {"y": ["N", 2, 4, 4]}))
+        return slimmed.kept["initializers"]["k"], constants["k"], initializer(slimmed.model, "k")
+
+    found, before, after = kept_of(zero=(0, 4))
+    assert found == {"1": [[1, 2], [0, 2]]}
+    assert np.array_equal(after, np.concatenate([before[:3, [1, 2]], before[3:, [0, 2]]]))
+    found, before, after = kept_of(zero=(1, 4))
+    assert found == {"1": [0, 2]}
+    assert np.array_equal(after, before[:, [0, 2]])
+    found, before, after = kept_of(zero=(), silent=(0, 1, 2))
+    assert found == {"0": [3, 4, 5], "1": [0, 1, 2]}
+    assert np.array_equal(after, before[3:])

@@ -359,6 +359,23 @@ def test_a_constant_that_large_inputs_round_is_no_difference() -> None:
         verify(made[0], made[2])
 
 
+@pytest.mark.parametrize("wrong", [2e-4, 1.5e-4, 0.0])
+def test_a_small_output_that_large_inputs_alone_reach_is_compared(wrong: float) -> None:
+    made = []
+    for height in (3e-4, wrong):
+        nodes = [
+            node("Conv", ["x", "w"], ["a"]),
+            node("Sub", ["a", "far"], ["b"]),
+            node("Clip", ["b", "low", "high"], ["c"]),
+            node("Mul", ["c", "height"], ["y"]),
+        ]
+        constants = {name: np.float32(value) for name, value in (("far", 30), ("low", 0), ("high", 1))}
+        constants |= {"w": weights(2, 3, 1, 1), "height": np.float32(height)}
+        made.append(data(graph(nodes, constants, {"x": ["N", 3, 8, 8]}, ["y"])))
+    with pytest.raises(VerifyError, match="differs"):
+        verify(made[0], made[1])
+
+
 def test_an_output_that_is_nothing_but_rounding_is_no_difference() -> None:
     """The mean of what a norm made has no value of its own: it is 0 but for the order of additions."""
     made = []

@@ -116,7 +116,7 @@ def _max_ties(node: Node, positions: Positions, view: View, needed: frozenset[in
     operand = node.inputs[0]
     axes = range(len(view.of(operand).shape))
     for slot, output in enumerate(node.outputs):
-        if all(positions.ids(output.name, axis) is None for axis in axes):
+        if not positions.has(output.name):
             continue  # nobody reads it
         for axis in axes:
             yield from tie_axes(positions, (output.name, axis), (operand.name, axis))

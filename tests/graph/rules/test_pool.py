@@ -7,7 +7,8 @@ import pytest
 from onnx.helper import make_node as node
 
 from graph.rule_check import Line, check_line, label
-from graph.small import analysis_of, graph, kept, operators, slim_and_verify, weights
+from graph.small import analysis_of, copy_of, graph, kept, operators, slim_and_verify, weights
+from prune2deploy.graph.normal import normalise
 
 LINES: list[Line] = [
     ("MaxPool", ("x",), {"kernel_shape": [3, 3]}),
@@ -132,3 +133,44 @@ def test_channels_pass_a_pool_over_positions(op: str) -> None:
     slimmed = slim_and_verify(model)
     assert not slimmed.opaque
     assert slimmed.layers[0].after == 3
+
+
+@pytest.mark.parametrize("opset", [13, 18, 19, 22])
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+def test_a_window_that_would_start_in_the_padding_is_not_counted(op: str, opset: int) -> None:
+    """Of 5 places, padded and taken two by two, runtimes make 3; onnx says 4 before opset 22."""
+    w = weights(4, 3, 1, 1)
+    w[1] = w[0]
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["a"]),
+        node(op, ["a"], ["p"], kernel_shape=[2, 2], strides=[2, 2], pads=[1, 1, 1, 0], ceil_mode=1),
+        node("ReduceSum", ["p", "space"], ["s"]),
+        node("Conv", ["s", "v"], ["y"]),
+    ]
+    constants = {"w": w, "b": np.array([0, 1, 0, 0], np.float32), "space": np.array([2, 3])}
+    constants["v"] = weights(2, 4, 1, 1, seed=1)
+    model = graph(nodes, constants, {"x": ["N", 3, 5, 5]}, {"y": ["N", 2, 1, 1]}, opset=opset)
+    shapes = {tensor.name: tensor.shape for each in normalise(copy_of(model)).nodes for tensor in each.outputs}
+    assert shapes["p"] == ["N", 4, 3, 3]
+    slim_and_verify(model)
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+def test_what_a_pool_takes_together_stays_where_nothing_of_it_is_live(op: str) -> None:
+    """A Concat could leave the pool out, but the Add beside it wants as many channels."""
+    v = weights(2, 5, 1, 1)
+    v[:, :2] = 0
+    nodes = [
+        node("Conv", ["x", "w1"], ["u"]),
+        node("MatMul", ["u", "m"], ["t"]),
+        node("Relu", ["t"], ["r"]),
+        node(op, ["r"], ["p"], kernel_shape=[2, 1]),
+        *(node("Conv", ["x", "w2"], ["s"]), node("MaxPool", ["s"], ["q"], kernel_shape=[2, 1])),
+        node("Concat", ["p", "q"], ["c"], axis=1),
+        *(node("Conv", ["x", "w3"], ["d0"]), node("MaxPool", ["d0"], ["d"], kernel_shape=[2, 1])),
+        node("Add", ["c", "d"], ["e"]),
+        *(node("Conv", ["e", "v"], ["y"]), node("Conv", ["d", "k"], ["z"])),
+    ]
+    constants = {"w1": weights(2, 3, 1, 1), "m": weights(6, 6), "w2": weights(3, 3, 1, 1, seed=3), "v": v}
+    constants |= {"w3": weights(5, 3, 1, 1, seed=4), "k": weights(2, 5, 1, 1)}
+    slim_and_verify(graph(nodes, constants, {"x": ["N", 3, "H", 6]}, ["y", "z"]))
