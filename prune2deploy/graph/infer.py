@@ -71,12 +71,17 @@ def _inferred(bare: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with its inner shapes, once every pool in it makes the sizes that runtimes make."""
     while True:
         inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-        pools = [node for node in bare.graph.node if node.op_type in POOLS and node.domain in ("", "ai.onnx")]
-        shapes = {}
-        if any(attribute.name == "ceil_mode" and attribute.i for node in pools for attribute in node.attribute):
-            shapes = {value.name: read_shape(value.type) for value in (*inferred.graph.value_info, *bare.graph.input)}
-        if not any([floored(node, shapes.get(node.input[0])) for node in pools] if shapes else []):
+        pools = [node for node in bare.graph.node if _rounds_up(node)]
+        values = (*inferred.graph.value_info, *bare.graph.input) if pools else ()
+        shapes = {value.name: read_shape(value.type) for value in values}
+        changed = [floored(node, shapes.get(node.input[0])) for node in pools]
+        if not any(changed):
             return inferred
+
+
+def _rounds_up(node: onnx.NodeProto) -> bool:
+    pool = node.op_type in POOLS and node.domain in ("", "ai.onnx")
+    return pool and any(attribute.name == "ceil_mode" and attribute.i for attribute in node.attribute)
 
 
 POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})

@@ -55,7 +55,6 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     sort_nodes(graph)
     name_sizes(graph)
     reshape_strided(graph)
-    remove_dead_nodes(graph)
     part_windows(graph)
     fuse_shuffles(graph)
     fuse_group_norms(graph)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from prune2deploy.graph.names import fresh
-from prune2deploy.graph.order import outputs_within, redirect
+from prune2deploy.graph.order import outputs_within, redirect, remove_dead_nodes
 
 Places = tuple[int, np.ndarray]
 """Indices that are so many times the batch's index (along axis 0) plus a constant."""
@@ -17,18 +17,18 @@ Places = tuple[int, np.ndarray]
 
 def reshape_strided(graph: gs.Graph) -> None:
     """Turn every Gather that takes all elements of a value in their order into a Reshape, or into nothing."""
-    outputs, names = outputs_within(graph), set[str]()
-    for node in list(graph.nodes):
-        source = _read_in_order(node)
-        if source is None:
-            continue
+    found = [(node, source) for node in graph.nodes if (source := _read_in_order(node)) is not None]
+    if not found:
+        return
+    outputs, names = outputs_within(graph), set(graph.tensors())
+    for node, source in found:
         output = node.outputs[0]
         if list(source.shape) == list(output.shape) and id(output) not in outputs:
             redirect(output, source)
             continue
-        names = names or set(graph.tensors())
         target = gs.Constant(fresh(f"{output.name}_shape", names), np.array([-1, *output.shape[1:]], dtype=np.int64))
         node.op, node.attrs, node.inputs = "Reshape", {}, [source, target]
+    remove_dead_nodes(graph)
 
 
 def _read_in_order(node: gs.Node) -> gs.Tensor | None:
