@@ -68,7 +68,7 @@ class Verification:
     """Outputs of the reference that were not a number on any input, of which nothing is proved."""
     ill_conditioned: list[str]
     """Inputs on which the graphs agree no better than the reference agrees with itself after its weights were moved by
-    a unit in the last place, or a quantised candidate with itself, optimised; of those beyond the usual, some prove
+    a unit in the last place, or quantised graphs with themselves, optimised; of those beyond the usual, some prove
     nothing therefore."""
 
     @property
@@ -180,7 +180,7 @@ def differences(
                     moved = _moved(name, want, shaken.runs(case), steps=sides[0].quantised)
                     allowed = allowed + _rounding(case, moved, scale, steps=False, shaken=True)
                     if sides[0].quantised and optimised:  # the runtime drops roundings that follow one another
-                        allowed = allowed + _moved(name, got, gots, steps=True)
+                        allowed = allowed + _moved(name, want, runs, steps=True) + _moved(name, got, gots, steps=True)
                 _note(result, difference, allowed, case.title)
     silent = [name for name in results if usual.nowhere_finite(name)]
     return Verification(list(results.values()), len(cases), rtol, computed_in, silent, list(ill))

@@ -69,7 +69,7 @@ def test_the_slim_graph_computes_the_same(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.slow
-@settings(examples(2000), derandomize=False)
+@examples(2000)
 @given(models(max_steps=16))
 def test_the_slim_graph_computes_the_same_on_many_graphs(model: onnx.ModelProto) -> None:
     check_slim_graph_computes_the_same(model)

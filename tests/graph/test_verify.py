@@ -393,6 +393,30 @@ def test_an_output_that_is_nothing_but_rounding_is_no_difference() -> None:
     assert verify(made[0], made[1]).ill_conditioned
 
 
+def test_what_the_runtime_makes_of_successive_roundings_is_no_difference() -> None:
+    """It joins two pairs of QuantizeLinear and DequantizeLinear of one scale into one of another scale."""
+    made = []
+    for height in (1.25, 1.3125):
+        nodes = [
+            node("Mul", ["x", "zero"], ["m"]),
+            node("Add", ["m", "height"], ["a"]),
+            node("QuantizeLinear", ["a", "scale", "seven"], ["q"]),
+            node("DequantizeLinear", ["q", "scale", "seven"], ["b"]),
+            node("QuantizeLinear", ["b", "scale", "none"], ["p"]),
+            node("DequantizeLinear", ["p", "scale", "none"], ["y"]),
+        ]
+        constants = {"zero": np.zeros(4, np.float32), "height": np.float32(height), "scale": np.float32(0.0625)}
+        constants |= {"seven": np.int8(7), "none": np.int8(0)}
+        made.append(data(graph(nodes, constants, {"x": ["N", 4]}, {"y": ["N", 4]})))
+    nodes = [node("Mul", ["x", "zero"], ["m"]), node("Add", ["m", "height"], ["y"])]
+    constants = {"zero": np.zeros(4, np.float32), "height": np.float32(1.25)}
+    made.append(data(graph(nodes, constants, {"x": ["N", 4]}, {"y": ["N", 4]})))
+    assert verify(made[0], made[2]).ill_conditioned
+    for others in ((0, 1), (1, 2)):
+        with pytest.raises(VerifyError, match="differs"):
+            verify(*(made[place] for place in others))
+
+
 @pytest.mark.parametrize("element", [TensorProto.DOUBLE, TensorProto.BFLOAT16])
 def test_types_without_kernels_are_compared_in_float32(element: int) -> None:
     made = []
