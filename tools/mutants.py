@@ -493,12 +493,12 @@ MUTANTS: list[Mutant] = [
         ("heads are not tied", "            yield Equal(own, other)\n", "            yield from ()\n"),
         (
             "heads that were in the batch are all alike",
-            "    fact = expand(fact, 0, heads.out, (heads.out, heads.each, *before[2:]), view.numbers)\n",
+            "    fact = expand(fact, 0, heads.out, (heads.out, heads.each, *sizes), view.numbers)\n",
             "    fact = fact.map(lambda array: np.repeat(array, heads.out, axis=0))\n",
         ),
         (
             "the first head stands for all",
-            "    fact = collapse(fact, 0, (heads.into, heads.each, *before[2:]), view.numbers)\n",
+            "    fact = collapse(fact, 0, (heads.into, heads.each, *sizes), view.numbers)\n",
             "    fact = fact.map(lambda array: array[:1])\n",
         ),
         (
@@ -869,6 +869,7 @@ MUTANTS: list[Mutant] = [
             "        yield freeze(positions.ids(node.outputs[0].name, axis))  # the computed sizes may hold its size\n",
             "        yield from ()\n",
         ),
+        ("a constant that is tiled is alike", "if (values == first).all():", "if True:"),
         ("every constant of a computed size is zero", "np.asarray(value.values).reshape(())", "np.zeros(())"),
         (
             "a constant of a computed size needs no sizes",

@@ -120,6 +120,14 @@ def _expanded(node: gs.Node) -> Shape | None:
     return [new if old == 1 else None for old, new in zip(before, wanted, strict=True)]
 
 
+def _tiled(node: gs.Node) -> Shape | None:
+    """Return the sizes of a Tile's input, each as often as its repeats say."""
+    source, repeats = node.inputs[0].shape, entries_of(node.inputs[1])
+    if source is None or repeats is None or len(source) != len(repeats):
+        return None
+    return [product(both) for both in zip(source, repeats, strict=True)]
+
+
 def _filled(node: gs.Node) -> Shape | None:
     return entries_of(node.inputs[0])
 
@@ -130,6 +138,7 @@ _SAY: dict[str, Callable[[gs.Node], Shape | None]] = {
     "Upsample": _resized,
     "Range": _counted,
     "Expand": _expanded,
+    "Tile": _tiled,
     "ConstantOfShape": _filled,
 }
 """What else an operator says of its output's shape."""

@@ -195,7 +195,7 @@ def test_the_batch_passes_a_resize_by_factors(scales: tuple[float, ...]) -> None
     slimmed_to(made, 5, 2)
 
 
-@pytest.mark.parametrize("made_by", ["Expand (one, t)", "ConstantOfShape (t)"])
+@pytest.mark.parametrize("made_by", ["Expand (one, t)", "ConstantOfShape (t)", "Tile (single, t)"])
 def test_the_batch_passes_constants_of_its_size(made_by: str) -> None:
     nodes = f"""
         b = Reshape (n, all)
@@ -205,7 +205,8 @@ def test_the_batch_passes_constants_of_its_size(made_by: str) -> None:
         z = Concat <axis = 1> (h, e)
     """
     constants = {"rest": ints(4, 4, 4), "four": ints(4), "eight": ints(8), "first": ints(1)}
-    made = model(nodes, all=ints(-1), one=np.ones((1, 1), np.float32), **constants)
+    constants |= {"one": np.ones((1, 1), np.float32), "single": np.ones((1, 1, 1, 1), np.float32)}
+    made = model(nodes, all=ints(-1), **constants)
     assert whole(made)
     slim_and_verify(made)
 

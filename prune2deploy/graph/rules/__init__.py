@@ -108,7 +108,7 @@ def rule_for(node: Node) -> Rule | None:
         return None
     if node.op_type in PRODUCTS and all(operand.is_value for operand in node.inputs[:2]):
         return product.PRODUCT
-    if node.op_type == "Expand" and not node.inputs[0].is_value:
+    if node.op_type in ("Expand", "Tile") and not node.inputs[0].is_value:
         return repeat.STATED
     if norm.BY_GROUP in node.attributes:
         return norm.GROUP_NORM_OF_THREE

@@ -1,6 +1,6 @@
 """Operators that repeat: Expand and Tile. A channel that is repeated becomes that many equal channels.
 
-Also those that repeat a constant as often as sizes say: ConstantOfShape, and an Expand of a constant.
+Also those that repeat a constant as often as sizes say: ConstantOfShape, and an Expand or a Tile of a constant.
 """
 
 from __future__ import annotations
@@ -181,10 +181,18 @@ def _stated_facts(node: Node, view: View) -> list[Fact] | str:
         return "its value is not finite or too large"
     if values.ndim > len(after):
         return "its shapes contradict each other"
-    fact = constant(values.reshape((1,) * (len(after) - values.ndim) + values.shape))
-    if any(size > 1 and after[axis] != size for axis, size in enumerate(fact.shape)):
-        return "the size of an axis with channels is not known"
-    return [fact]
+    values = values.reshape((1,) * (len(after) - values.ndim) + values.shape)
+    for axis, (size, wanted) in enumerate(zip(values.shape, after, strict=True)):
+        if size == 1 or wanted == size:
+            continue
+        first = np.take(values, [0], axis=axis)
+        if (values == first).all():
+            values = first
+        elif isinstance(wanted, int) and wanted % size == 0:
+            values = np.concatenate([values] * (wanted // size), axis)
+        else:
+            return "the size of an axis with channels is not known"
+    return [constant(values)]
 
 
 def _stated_live(node: Node, outs: list[np.ndarray | None], view: View) -> dict[int, Demand]:
@@ -197,4 +205,4 @@ def _stated_ties(node: Node, positions: Positions, view: View, needed: frozenset
 
 
 STATED = Rule(_stated_facts, _stated_live, _stated_ties, nothing_to_drop, "constant", types=MOVED, constant_first=True)
-"""The rule of ConstantOfShape, and of an Expand of a constant."""
+"""The rule of ConstantOfShape, and of an Expand or a Tile of a constant."""

@@ -115,24 +115,31 @@ class Heads:
 
 def _heads(block: Block, before: Shape, after: Shape) -> Heads | None:
     """Return the heads that a block takes into the batch or out of it; None where it does anything else."""
+    counts = []
     for axes, shape in ((block.into, before), (block.out, after)):
-        if axes[:2] != (0, 1) or isinstance(shape[0], int) or any(shape[axis] != 1 for axis in axes[2:]):
+        sizes = [size for axis in axes[1:] if isinstance(size := shape[axis], int)]
+        if block.same or axes[0] != 0 or isinstance(shape[0], int) or len(sizes) < len(axes) - 1:
             return None
-    own, other = before[1], after[1]
-    if not isinstance(own, int) or not isinstance(other, int) or max(own, other) % min(own, other):
-        return None
-    each = min(own, other)
-    return Heads(own // each, other // each, each)
+        counts.append(math.prod(sizes))
+    each = min(counts)
+    return None if max(counts) % each else Heads(counts[0] // each, counts[1] // each, each)
 
 
-def _regrouped(fact: Fact, heads: Heads, before: Shape, view: View) -> Fact:
-    """Return the fact of a value whose channels lose their heads to the batch, or get them from there."""
-    fact = expand(fact, 1, heads.into * heads.each, before, view.numbers)
-    rest = fact.shape[2:]
-    fact = fact.map(lambda array: array.reshape(heads.into, heads.each, *rest))
-    fact = collapse(fact, 0, (heads.into, heads.each, *before[2:]), view.numbers)
-    fact = expand(fact, 0, heads.out, (heads.out, heads.each, *before[2:]), view.numbers)
-    return fact.map(lambda array: array.reshape(1, heads.out * heads.each, *rest))
+def _regrouped(fact: Fact, heads: Heads, block: Block, before: Shape, view: View) -> Fact:
+    """Return the fact of a value whose channels lose their heads to the batch, or get them from there.
+
+    All of the block's channels are along axis 1 of it; its other axes stay, so that those behind keep their numbers.
+    """
+    for axis in block.into[1:]:
+        size = before[axis]
+        assert isinstance(size, int)
+        fact = expand(fact, axis, size, before, view.numbers)
+    behind, sizes = fact.shape[len(block.into) :], before[len(block.into) :]
+    ones = (1,) * len(block.into[2:])
+    fact = fact.map(lambda array: array.reshape(heads.into, heads.each, *behind))
+    fact = collapse(fact, 0, (heads.into, heads.each, *sizes), view.numbers)
+    fact = expand(fact, 0, heads.out, (heads.out, heads.each, *sizes), view.numbers)
+    return fact.map(lambda array: array.reshape(1, heads.out * heads.each, *ones, *behind))
 
 
 def _found(node: Node, view: View) -> list[Block]:
@@ -174,8 +181,11 @@ def _facts(node: Node, view: View) -> list[Fact] | str:
         if not _expanded(node, view, block):
             merged += [] if block.same else [block]
         elif heads := _heads(block, before, after):
-            fact = _regrouped(fact, heads, before, view)
-            target[1] = heads.out * heads.each
+            fact = _regrouped(fact, heads, block, before, view)
+            for axis in block.out[1:]:
+                size = after[axis]
+                assert isinstance(size, int)
+                target[axis] = size
             merged.append(block)
         else:
             for axis in block.into:
@@ -228,12 +238,12 @@ def _ties(node: Node, positions: Positions, view: View, needed: frozenset[int]) 
         heads = _heads(block, operand.shape or (), output.shape or ())
         into = [axis for axis in block.into if (operand.shape or ())[axis] != 1]
         out = [axis for axis in block.out if (output.shape or ())[axis] != 1]
-        if fixed:
+        if fixed or (heads is not None and max(len(into), len(out)) > 2):  # heads beside more than one axis of places
             for value, axes in ((operand, into), (output, out)):
                 yield from (freeze(positions.ids(value.name, axis)) for axis in axes)
         elif heads is not None:
-            ids = [positions.ids(value.name, 1) for value in (operand, output)]
-            yield from _head_ties(heads, *ids)
+            sides_of = ((operand.name, into[1:]), (output.name, out[1:]))
+            yield from _head_ties(heads, *(positions.ids(value, axes[0]) if axes else None for value, axes in sides_of))
         elif len(into) == 1 and len(out) == 1:
             yield from tie_axes(positions, (operand.name, into[0]), (output.name, out[0]))
         else:

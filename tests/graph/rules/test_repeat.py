@@ -82,6 +82,7 @@ STATED = {
     "ConstantOfShape": "z = ConstantOfShape (sizes)",
     "ConstantOfShape with a value": "z = ConstantOfShape <value: tensor = float[1] {0.0}> (sizes)",
     "Expand of a constant": "z = Expand (nothing, sizes)",
+    "Tile of a constant": "z = Tile (nothing, times)",
 }
 
 
@@ -91,12 +92,14 @@ def test_zeros_of_a_size_that_is_computed_are_known(how: str) -> None:
     model = parse(
         "agraph (float[N,3,6,6] x) => (float[N,2,6,6] y) {"
         "a = Conv(x, w) s = Shape <start: int = 0, end: int = 1> (x) sizes = Concat <axis: int = 0> (s, rest)"
+        "times = Concat <axis: int = 0> (s, often)"
         + STATED[how]
         + "c = Concat <axis: int = 1> (a, z) b = Conv(x, u) d = Add(b, c) r = Relu(d) y = Conv(r, v) }",
         **{
             "w": weights(4, 3, 1, 1, zero=(1,)),
             "u": weights(8, 3, 1, 1, seed=1, zero=(1, 4, 6)),
             "rest": ints(4, 6, 6),
+            "often": ints(1, 6, 6),
         },
         **{"nothing": np.zeros((1, 4, 1, 1), np.float32), "v": weights(2, 8, 1, 1, seed=2)},
     )
@@ -105,6 +108,18 @@ def test_zeros_of_a_size_that_is_computed_are_known(how: str) -> None:
     live = slimmed.analysis.liveness.live["d"].ravel().tolist()
     assert live == [True, False, True, True, False, True, False, True]
     assert [row.after for row in slimmed.layers][:2] == [3, 5]
+
+
+def test_a_constant_that_is_tiled_by_a_size_that_is_computed_is_known_by_channel() -> None:
+    model = parse(
+        "agraph (float[N,3,6,6] x) => (float[N,2,6,6] y) {"
+        "a = Conv(x, w) s = Shape <start: int = 0, end: int = 1> (x) times = Concat <axis: int = 0> (s, often)"
+        "z = Tile (pair, times) b = Mul(a, z) y = Conv(b, v) }",
+        **{"w": weights(4, 3, 1, 1), "often": ints(2, 6, 6), "v": weights(2, 4, 1, 1)},
+        pair=np.array([0, 3], np.float32).reshape(1, 2, 1, 1),
+    )
+    slimmed = slim_and_verify(model)
+    assert [slimmed.removed_channels, slimmed.layers[0].after, slimmed.opaque] == [2, 2, {}]
 
 
 def test_a_value_of_a_size_that_is_computed_is_known() -> None:

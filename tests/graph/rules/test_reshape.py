@@ -15,7 +15,7 @@ LINES: list[Line] = [
     ("Flatten", ("x",), {"axis": -3}),
     ("Flatten", ("x",), {"axis": 2, "batch": 2}),
     ("Flatten", ("x",), {"axis": 0, "batch": 2}),
-    ("Flatten", ("x",), {"axis": 2, "opaque": True, "removes": False}),
+    ("Flatten", ("x",), {"axis": 2, "removes": False}),
     ("Reshape", ("x", ints(0, 216)), {}),
     ("Reshape", ("x", ints(0, -1)), {}),
     ("Reshape", ("x", ints(-1, 216)), {}),
@@ -225,3 +225,17 @@ def test_what_one_head_alone_reads_is_read_of_all() -> None:
     v[:, [1, 5]] = 0
     slimmed = slim_and_verify(with_heads(weights(12, 3, 1, 1), v, inside=[node("Relu", ["h"], ["t"])]))
     assert slimmed.layers[0].after == 3
+
+
+@pytest.mark.parametrize("zero", [(1, 5, 9), (0, 1, 2, 3), (1, 6, 11)])
+@pytest.mark.parametrize(
+    "shape", [(-1, 36), (-1, 6), (-1, 12, 36), (-1, 1, 4, 36), (-1, 2, 2, 36), (-1, 6, 2, 36), (-1, 432)]
+)
+def test_channels_in_any_part_of_a_batch_of_any_size_are_no_obstacle(
+    shape: tuple[int, ...], zero: tuple[int, ...]
+) -> None:
+    model = with_heads(weights(12, 3, 1, 1, zero=zero), weights(2, 12, 1, 1), inside=[node("Relu", ["h"], ["t"])])
+    model.graph.initializer[[each.name for each in model.graph.initializer].index("apart")].CopyFrom(
+        onnx.numpy_helper.from_array(ints(*shape), "apart")
+    )
+    assert not slim_and_verify(model).opaque
