@@ -878,6 +878,16 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *_of(
+        "pads.py",
+        "tests/graph/test_pads.py",
+        ("a border takes the place of a pool's own padding", "int(amount) + int(more) for", "int(more) for"),
+        ("any constant border is padding", " or not (np.asarray(value) == -np.inf).all()", ""),
+        ("a border may be wider than a window", "if all(amount < size", "if all(amount < 2 * size"),
+        ("a border of channels is one of space", "border[:, :2].any()", "False"),
+        ("a pool may step over its border", ' or max(pool.attrs.get("dilations") or [1]) > 1', ""),
+        ("places are counted without the border", " or any(tensor.name for tensor in pool.outputs[1:])", ""),
+    ),
+    *_of(
         "permutation.py",
         "tests/graph/test_shuffle.py",
         ("a folded shuffle turns no bias", '"Conv": {1: 0, 2: 0}', '"Conv": {1: 0}'),

@@ -17,6 +17,7 @@ from prune2deploy.graph.groupnorm import fuse_group_norms, restore_group_norms, 
 from prune2deploy.graph.infer import SMALL_CONSTANT, infer_shapes, says_nothing
 from prune2deploy.graph.open_sizes import name_sizes
 from prune2deploy.graph.order import all_inputs, outputs_within, redirect, remove_dead_nodes, sort_nodes
+from prune2deploy.graph.pads import fold_infinite_pads
 from prune2deploy.graph.shapes import fold_shapes
 from prune2deploy.graph.shuffle import fuse_shuffles, restore_shuffles
 from prune2deploy.graph.stored import absorb_transposes
@@ -55,6 +56,7 @@ def normalise(model: onnx.ModelProto) -> gs.Graph:
     sort_nodes(graph)
     name_sizes(graph)
     reshape_strided(graph)
+    fold_infinite_pads(graph)
     part_windows(graph)
     fuse_shuffles(graph)
     fuse_group_norms(graph)
