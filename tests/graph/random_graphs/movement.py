@@ -79,8 +79,8 @@ def split(builder: Builder, draw: Any, x: Value) -> Value:
 
 
 def round_trip(builder: Builder, draw: Any, x: Value) -> Value:
-    """Data movement that comes back: transposed there and back, split into two axes and merged, unsqueezed."""
-    form = draw(st.sampled_from(("transpose", "unsqueeze", "split", "flat")))
+    """Data movement that comes back: transposed there and back, split and merged, unsqueezed, put into the batch."""
+    form = draw(st.sampled_from(("transpose", "unsqueeze", "split", "flat", "batch")))
     if form == "transpose":
         y = builder.node("Relu", [builder.transpose(x.name, 0, 2, 3, 1)])
         return x.to(builder.transpose(y, 0, 3, 1, 2))
@@ -89,6 +89,11 @@ def round_trip(builder: Builder, draw: Any, x: Value) -> Value:
         return x.to(builder.squeeze(builder.unsqueeze(x.name, axis), axis))
     if form == "flat":
         return x.to(builder.reshape(builder.node("Flatten", [x.name]), -1, x.channels, x.size, x.size))
+    if form == "batch":
+        n, each = x.size, draw(st.sampled_from([k for k in range(1, x.channels + 1) if x.channels % k == 0]))
+        sizes = draw(st.sampled_from([(each, n, n), (each, n * n), (n, n), (1, each, n * n), (n,)]))
+        y = builder.node("Relu", [builder.reshape(x.name, -1, *sizes)])
+        return x.to(builder.reshape(y, -1, x.channels, n, n))
     groups = 2 if x.channels % 2 == 0 else 1
     y = builder.reshape(x.name, 0, groups, x.channels // groups, x.size, x.size)
     return x.to(builder.reshape(y, 0, x.channels, x.size, x.size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 from onnx import TensorProto
 
@@ -21,7 +22,10 @@ def pool(builder: Builder, draw: Any, x: Value) -> Value:
     if builder.opset >= 10 and draw(st.integers(0, 3)) == 0:
         name = builder.node(op, [x.name], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1, **extra)
         return x.to(name, size=(x.size + 1) // 2)
-    name = builder.node(op, [x.name], kernel_shape=[3, 3], pads=[edge] * 4, strides=[1, 1], **extra)
+    y, pads = x.name, [edge] * 4
+    if op == "MaxPool" and edge and draw(st.integers(0, 2)) == 0:
+        y, pads = builder.pad(x.name, [0, 0, *pads[:2]] * 2, "constant", -np.inf), [0] * 4
+    name = builder.node(op, [y], kernel_shape=[3, 3], pads=pads, strides=[1, 1], **extra)
     return x.to(name, size=x.size + 2 * edge - 2)
 
 
