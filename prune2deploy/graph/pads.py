@@ -50,7 +50,7 @@ def _infinite_border(tensor: gs.Tensor, rank: int) -> list[int] | None:
     amounts = parts[1].values if 1 in parts else pad.attrs.get("pads")
     value = parts[2].values if 2 in parts else pad.attrs.get("value", 0.0)
     axes = parts[3].values if 3 in parts else np.arange(rank)
-    if amounts is None or np.size(amounts) != 2 * axes.size or not (np.asarray(value) == -np.inf).all():
+    if amounts is None or np.size(amounts) != 2 * axes.size or np.ravel(value).tolist() != [-np.inf]:
         return None
     border = np.zeros((2, rank), dtype=np.int64)
     border[:, axes] = np.reshape(amounts, (2, -1))
