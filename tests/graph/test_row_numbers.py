@@ -149,3 +149,17 @@ def grouped(weight: np.ndarray) -> onnx.ModelProto:
     ]
     constants = {"stem": weights(3, 3, 1, 1, seed=5), "w": weight, "last": weights(2, 6, 1, 1, seed=6)}
     return graph(nodes, constants, {"x": IMAGE}, ["y"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_multiples_of_one_channel_with_a_shift_are_one_under_padding(seed: int) -> None:
+    """Each multiple's shift is rounded on its own: -0.49 x and 0.89 x of a shift are no longer in their exact ratio."""
+    constants = {"one": weights(1, 3, 1, 1, seed=seed), "b": weights(1, seed=seed + 9)}
+    constants |= {"many": weights(12, 1, 1, 1, seed=seed + 19), "last": weights(2, 12, 3, 3, seed=seed + 29)}
+    nodes = [
+        node("Conv", ["x", "one", "b"], ["a"]),
+        node("Conv", ["a", "many"], ["c"]),
+        node("Conv", ["c", "last"], ["y"], pads=[1] * 4),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": IMAGE}, ["y"]))
+    assert [row.after for row in slimmed.layers] == [1, 1, 2]

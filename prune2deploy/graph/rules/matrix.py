@@ -58,7 +58,7 @@ def columns(fact: Fact, padded: bool, numbers: Numbers) -> Columns:
     if not shift.any():  # then nothing is constant but zero, and no offset has to stay with its function
         return Columns(number, scale, shift)
     constant = scale == 0
-    ratio = np.where(constant, 0.0, shift / np.where(constant, 1.0, scale))
+    ratio = _steady(np.where(constant, 0.0, shift / np.where(constant, 1.0, scale)))
     # An offset stays with its function under padding, and where the function would drown in its rounding.
     bound = (ratio != 0) & (padded | (np.abs(ratio) > FAR))
     key = np.where(constant, ONE, number)
@@ -67,6 +67,12 @@ def columns(fact: Fact, padded: bool, numbers: Numbers) -> Columns:
     weight = np.where(constant & padded, shift, scale)
     offset = np.where(bound | padded, 0.0, shift)
     return Columns(key, weight, offset)
+
+
+def _steady(ratio: np.ndarray) -> np.ndarray:
+    """Return ratios to 48 bits: multiples of one function are told apart by the rounding of their own two parts."""
+    mantissa, exponent = np.frexp(ratio)
+    return np.asarray(np.ldexp(np.round(mantissa * 2.0**48), exponent - 48))
 
 
 @dataclass(frozen=True, eq=False)
