@@ -69,16 +69,28 @@ def test_padding_of_its_own_is_added_to() -> None:
     slim_and_verify(model)
 
 
-def test_a_border_that_others_read_stays_for_them() -> None:
+def bordered(outputs: list[str], *nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """Return a convolution ``a`` with a border ``p`` and these nodes."""
     constants = {"w": weights(4, 3, 1, 1), "pads": ints(0, 0, 0, 0, 0, 0, 1, 1), "value": LOWEST}
-    nodes = [
-        node("Conv", ["x", "w"], ["a"]),
-        node("Pad", ["a", "pads", "value"], ["p"]),
-        node("MaxPool", ["p"], ["y"], **POOL),
-    ]
-    model = graph(nodes, constants, {"x": ["N", 3, 6, 6]}, ["y", "p"])
+    first = [node("Conv", ["x", "w"], ["a"]), node("Pad", ["a", "pads", "value"], ["p"])]
+    return graph([*first, *nodes], constants, {"x": ["N", 3, 6, 6]}, outputs)
+
+
+def test_a_border_that_others_read_stays_for_them() -> None:
+    model = bordered(["y", "p"], node("MaxPool", ["p"], ["y"], **POOL))
     assert pads_left(model) == 1
     assert [each.inputs[0].name for each in normalise(model).nodes if each.op == "MaxPool"] == ["a"]
+
+
+def test_a_border_stays_where_places_are_read() -> None:
+    model = bordered(
+        ["y"],
+        node("MaxPool", ["p"], ["m", "i"], **POOL),
+        node("Cast", ["i"], ["j"], to=TensorProto.FLOAT),
+        node("Add", ["m", "j"], ["y"]),
+    )
+    assert pads_left(model) == 1
+    slim_and_verify(model)
 
 
 @pytest.mark.parametrize(
@@ -97,19 +109,5 @@ def test_a_border_that_others_read_stays_for_them() -> None:
     ],
 )
 def test_any_other_border_stays(model: onnx.ModelProto) -> None:
-    assert pads_left(model) == 1
-    slim_and_verify(model)
-
-
-def test_a_border_stays_where_places_are_read() -> None:
-    constants = {"w": weights(4, 3, 1, 1), "pads": ints(0, 0, 0, 0, 0, 0, 1, 1), "value": LOWEST}
-    nodes = [
-        node("Conv", ["x", "w"], ["a"]),
-        node("Pad", ["a", "pads", "value"], ["p"]),
-        node("MaxPool", ["p"], ["m", "i"], **POOL),
-        node("Cast", ["i"], ["j"], to=TensorProto.FLOAT),
-        node("Add", ["m", "j"], ["y"]),
-    ]
-    model = graph(nodes, constants, {"x": ["N", 3, 6, 6]}, ["y"])
     assert pads_left(model) == 1
     slim_and_verify(model)
