@@ -110,3 +110,19 @@ def test_same_padding_puts_nothing_around_a_kernel_of_one_tap(kernel: int, left:
     nodes = [node("Conv", ["x", "w", "b"], ["a"]), node("Conv", ["a", "v"], ["y"], auto_pad="SAME_UPPER")]
     slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 6, 6]}, ["y"]))
     assert [row.after for row in slimmed.layers] == [left, 2]
+
+
+def test_what_a_depthwise_row_makes_of_a_constant_is_in_its_bias() -> None:
+    """Channel 1 is constant on one side of a sum and stays for the other's sake; its row reads nothing any more."""
+    constants = {"w": weights(4, 3, 1, 1, zero=(1, 2)), "b": np.full(4, 3, f32), "u": weights(4, 3, 2, 2, zero=(2,))}
+    constants |= {"v": weights(4, 1, 2, 2, seed=1), "c": weights(4, seed=2), "last": weights(2, 4, 1, 1, seed=3)}
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["a"]),
+        node("Conv", ["a", "v", "c"], ["d"], group=4),
+        node("Conv", ["x", "u"], ["e"]),
+        node("Add", ["d", "e"], ["s"]),
+        node("Relu", ["s"], ["r"]),
+        node("Conv", ["r", "last"], ["y"]),
+    ]
+    slimmed = slim_and_verify(graph(nodes, constants, {"x": ["N", 3, 6, 6]}, ["y"]))
+    assert [row.after for row in slimmed.layers] == [3, 3, 3, 2]
