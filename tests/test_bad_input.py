@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from prune2deploy.methods import METHODS
 from prune2deploy.networks import NETWORKS
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_a_result_that_would_overwrite_something_else_is_refused(run: Path, out:
 UNKNOWN = {
     "network": (("resnet57",), ("resnet57", "resnet56")),
     "network file": (("nowhere.py:net",), ("nowhere.py", "does not exist")),
-    "method": (("resnet_digits", "--method", "l2"), ("l2", "bn, l1, random")),
+    "method": (("resnet_digits", "--method", "l7"), ("l7", ", ".join(sorted(METHODS)))),
     "method option": (("resnet_digits", "--method", "bn", "--option", "scoer=std"), ("scoer", "score", "mean_fold")),
     "option of a method without any": (("resnet_digits", "--option", "p=1"), ("method 'l1'", "'p'", "none")),
     "option's value": (("resnet_digits", "--method", "bn", "--option", "score=x"), ("'x'", "mean, rms, std")),

@@ -28,6 +28,15 @@ METHODS: Mapping[str, MethodInfo] = {
     "l1": MethodInfo(
         "prune2deploy.methods.l1:L1", "sum of a filter's absolute weights (Li et al., ICLR 2017)", Needs(), "published"
     ),
+    "l2": MethodInfo(
+        "prune2deploy.methods.l2:L2", "Euclidean norm of a filter (He et al., IJCAI 2018)", Needs(), "published"
+    ),
+    "fpgm": MethodInfo(
+        "prune2deploy.methods.fpgm:FPGM",
+        "sum of a filter's distances to its layer's others (He et al., CVPR 2019)",
+        Needs(),
+        "published",
+    ),
     "bn": MethodInfo(
         "prune2deploy.methods.bn:BN",
         "expected activation by the norms' scale and shift (Oh et al., WACV 2022)",

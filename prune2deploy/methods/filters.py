@@ -1,0 +1,34 @@
+"""Scores of single filters, put together for the groups that several layers produce."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from prune2deploy.groups import Group, Groups
+from prune2deploy.methods.base import Weights, array, per_channel
+
+Measure = Callable[[np.ndarray], np.ndarray]
+"""From a layer's filters, float64 [channels, everything else], to one number per channel, not negative."""
+
+
+def filter_scores(weights: Weights, groups: Groups, measure: Measure) -> dict[str, np.ndarray]:
+    """Return group id -> float64 [channels] for the prunable groups that layers with weights produce.
+
+    A group that several layers produce (a residual stage, a depthwise convolution on the way) gets the mean of their
+    measures, each in units of that layer's average over the group's channels: so no layer outweighs another because it
+    is larger, and the scores of every group average 1. A layer whose measures are all zero has no say.
+    """
+    scored = {group.id: _score(weights, group, measure) for group in groups.prunable}
+    return {group: score for group, score in scored.items() if score is not None}
+
+
+def _score(weights: Weights, group: Group, measure: Measure) -> np.ndarray | None:
+    """Return the group's scores, or None where no layer with weights produces it."""
+    found = [
+        measure(per_channel(array(weights, member.parameter), member.axis, member.indices))
+        for member in group.of_role("filter")
+    ]
+    if not found:
+        return None
+    shares = [values / values.mean() for values in found if values.any()]
+    return np.mean(shares, axis=0) if shares else np.zeros(group.size)
