@@ -82,7 +82,7 @@ def test_a_weight_that_the_groups_name_and_the_network_lacks_is_an_input_error()
 
 
 def test_the_filter_with_the_smallest_sum_is_nearest_the_geometric_median() -> None:
-    """He et al. 2019, equations 4 to 6; the median itself by a general optimiser."""
+    """The claim of He et al. 2019; the median itself by a general optimiser."""
     filters = np.random.default_rng(3).standard_normal((9, 5))
     filters[4] = filters.mean(axis=0)
     found = minimize(lambda point: np.linalg.norm(filters - point, axis=1).sum(), np.ones(5), method="BFGS")
