@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
     from prune2deploy.backends.tensorrt import BuildReport
-    from prune2deploy.data import Data
+    from prune2deploy.data import Batches, Data
     from prune2deploy.graph.rewrite import Slimmed
     from prune2deploy.latency import Comparison
     from prune2deploy.networks import Network
@@ -159,7 +159,8 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
         dense = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         with timed(seconds, "selection"):
             note(f"choosing channels by {recipe.method}")
-            result = method.plan(weights, groups, target, round_to=recipe.round_to)
+            state = method.prepare(module.to(recipe.device), groups, _labelled(task)) if method.needs.data else None
+            result = method.plan(weights, groups, target, round_to=recipe.round_to, state=state)
         outcome = _train(task, groups, result.keep, result.offsets, note, on_progress)
         forget_later_steps(run)
         write_bytes(run / "analysis.onnx", serialized)
@@ -190,6 +191,20 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 3)
+
+
+PREPARE_BATCH = 64
+"""Images at a time for methods that choose by data."""
+
+
+def _labelled(task: Task) -> Batches:
+    """Return the training images for a method that chooses by data, neither shifted nor mirrored."""
+    from prune2deploy.data import Batches
+
+    recipe = task.recipe
+    return Batches(
+        task.data.train, task.mean, task.std, batch_size=PREPARE_BATCH, seed=recipe.seed, device=recipe.device
+    )
 
 
 def _arrays(task: Task) -> dict[str, np.ndarray]:

@@ -124,7 +124,9 @@ def _require_possible(recipe: Recipe, method: Method, run: Path) -> None:
     if recipe.finetune.epochs:
         raise InputError(f"'{source}' is an ONNX file, which cannot be fine-tuned; leave --finetune-epochs out")
     if method.needs.data or method.needs.labels or method.needs.trains_weights:
-        raise InputError(f"method '{recipe.method}' trains the network, but '{source}' is an ONNX file; use l1 or bn")
+        raise InputError(
+            f"method '{recipe.method}' needs the torch network, but '{source}' is an ONNX file; use l1, l2, fpgm or bn"
+        )
     if recipe.samples is not None and not recipe.samples.endswith(".npz"):
         raise InputError(f"--samples '{recipe.samples}' does not end in .npz; write it with numpy.savez(FILE, ...)")
     if source.resolve().parent == run.resolve() and source.name in (*pipeline.LATER, *OF_TORCH):

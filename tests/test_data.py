@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prune2deploy.data import Data, TensorSplit, augment, load_data, normalise
+from prune2deploy.data import Batches, Data, TensorSplit, augment, load_data, normalise
 from prune2deploy.errors import InputError
 
 Writer = Callable[[Path, np.ndarray, np.ndarray], None]
@@ -450,3 +450,24 @@ def test_normalisation_scales_bytes_and_takes_constants_per_channel() -> None:
 def test_a_split_in_memory_gives_the_images_that_are_asked_for_in_their_order() -> None:
     split = TensorSplit(torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1), torch.arange(4))
     assert split.images(torch.tensor([3, 0, 3])).flatten().tolist() == [3, 0, 3]
+
+
+def test_batches_are_of_one_size_normalised_and_the_same_every_time() -> None:
+    split = TensorSplit(torch.arange(11, dtype=torch.uint8).view(11, 1, 1, 1), torch.arange(11))
+    batches = Batches(split, (0.5,), (0.25,), batch_size=4, seed=3)
+    taken = list(batches)
+    assert [len(labels) for _, labels in taken] == [4, 4]
+    labels = torch.cat([labels for _, labels in taken])
+    assert len(set(labels.tolist())) == 8
+    assert not torch.equal(labels, labels.sort().values)
+    expected = normalise(labels.to(torch.uint8).view(8, 1, 1, 1), (0.5,), (0.25,))
+    assert torch.equal(torch.cat([images for images, _ in taken]), expected)
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(taken, batches, strict=True))
+    other = Batches(split, (0.5,), (0.25,), batch_size=4, seed=4)
+    assert not torch.equal(torch.cat([labels for _, labels in other]), labels)
+
+
+def test_fewer_images_than_a_batch_are_one_batch() -> None:
+    split = TensorSplit(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), torch.arange(3))
+    assert [len(labels) for _, labels in Batches(split, (0.5,), (0.25,), batch_size=8)] == [3]
+    assert [len(labels) for _, labels in Batches(split, (0.5,), (0.25,), batch_size=8, images=2)] == [2]

@@ -61,7 +61,7 @@ TABLE = {
     ),
     # scores and budgets are functions of arrays, so the torch column and an ONNX file share them
     "budget": Row(BASE, names("numpy scipy")),
-    "methods": Row((*BASE, "budget", "methods"), names("numpy scipy"), names("torch sklearn")),
+    "methods": Row((*BASE, "budget", "methods"), names("numpy scipy"), names("torch sklearn"), ("train",)),
     # the ONNX column
     "graph": Row((*BASE, "graph"), names("numpy scipy onnx onnx_graphsurgeon ml_dtypes google"), names("onnxruntime")),
     # the device column

@@ -342,6 +342,7 @@ def test_the_lock_is_given_back(own: Path) -> None:
 WALKS = {
     "bn with mean fold": ("--method", "bn", "--option", "score=std", "--option", "mean_fold=true"),
     "random to parameters, keep": ("--method", "random", "--target", "params=0.5", "--keep", "stem*"),
+    "taylor": ("--method", "taylor", "--option", "images=128"),
     "l1, rounded": ("--round-to", "4", "--recalibrate", "--seed", "3"),
 }
 

@@ -179,6 +179,8 @@ def test_no_torch_takes_part(folder: Path, tmp_path: Path) -> None:
     "arguments",
     [
         ("--method", "l1"),
+        ("--method", "l2"),
+        ("--method", "fpgm"),
         ("--method", "random", "--option", "seed=3"),
         ("--method", "bn", "--option", "score=rms"),
         ("--method", "bn", "--option", "mean_fold=true"),
@@ -191,6 +193,12 @@ def test_every_method_prunes_to_its_target(arguments: tuple[str, ...], folder: P
     kind = "parameters" if "params=0.3" in arguments else "macs"
     assert prune[kind]["pruned"] <= (0.3 if kind == "parameters" else 0.5) * prune[kind]["dense"]
     assert report(tmp_path / "run")["slim"]["macs"]["after"] == prune["macs"]["pruned"]
+
+
+def test_a_method_that_needs_gradients_is_refused(folder: Path, tmp_path: Path) -> None:
+    outcome = p2d("prune", folder / "model.onnx", "--method", "taylor", "-o", tmp_path / "run")
+    refused(outcome, 2, "'taylor' needs the torch network", "model.onnx", "l1, l2, fpgm or bn")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_fold_of_means_moves_the_masked_file_and_the_proof_holds(folder: Path, tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ METHODS: Mapping[str, MethodInfo] = {
         Needs(norms=True),
         "reconstructed",
     ),
+    "taylor": MethodInfo(
+        "prune2deploy.methods.taylor:Taylor",
+        "squared derivative of the loss by a gate on the channel (Molchanov et al., CVPR 2019)",
+        Needs(data=True, labels=True, pretrained=True),
+        "published",
+    ),
     "random": MethodInfo("prune2deploy.methods.random:Random", "seeded random scores", Needs(), "control"),
 }
 

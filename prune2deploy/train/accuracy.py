@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune2deploy.data import Split, normalise
+from prune2deploy.data import Batches, Split, normalise
 from prune2deploy.errors import InputError
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -61,7 +61,7 @@ def evaluate(
     labels = split.labels[chosen]
     classes = int(labels.max()) + 1
     correct, loss = 0, 0.0
-    with _eval_mode(module), torch.no_grad(), cudnn_flags(tf32=False):
+    with eval_mode(module), torch.no_grad(), cudnn_flags(tf32=False):
         for indices, wanted in zip(torch.split(chosen, batch_size), torch.split(labels, batch_size), strict=True):
             images = normalise(split.images(indices).to(place), mean, std)
             logits = logits_of(module, images, classes)
@@ -101,20 +101,18 @@ def recalibrate(
         InputError: if there are fewer than two images.
     """
     norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
-    count = min(images, len(split))
-    size = min(batch_size, count)
+    size = min(batch_size, images, len(split))
     require(size >= 2, f"recalibration needs batches of 2 images or more, not {size}; give more images")
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[: count - count % size]
-    place = torch.device(device)
-    module.to(place)
+    batches = Batches(split, mean, std, batch_size=size, images=images, seed=seed, device=device)
+    module.to(device)
     momenta = [norm.momentum for norm in norms]
-    with _eval_mode(module), torch.no_grad(), cudnn_flags(tf32=False):
+    with eval_mode(module), torch.no_grad(), cudnn_flags(tf32=False):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
             norm.train()
-        for indices in torch.split(chosen, size) if norms else ():
-            module(normalise(split.images(indices).to(place), mean, std))
+        for taken, _ in batches if norms else ():
+            module(taken)
     for norm, before in zip(norms, momenta, strict=True):
         norm.momentum = before
     return len(norms)
@@ -156,7 +154,7 @@ def cudnn_flags(*, tf32: bool) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module in eval mode, and every part back in its own mode afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()

@@ -1,0 +1,44 @@
+"""Some images of a split as a network takes them, batch by batch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prune2deploy.data.base import Split
+from prune2deploy.data.pixels import normalise
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Normalised images with their labels, at random but the same every time it is gone through.
+
+    All batches have one size: what is left over is not used.
+
+    Attributes:
+        split: where they come from.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        batch_size: images at a time; all there are, where there are fewer.
+        images: how many at most; by default all.
+        seed: chooses the images and their order.
+        device: where the batches are put.
+    """
+
+    split: Split
+    mean: Sequence[float]
+    std: Sequence[float]
+    batch_size: int
+    images: int | None = None
+    seed: int = 0
+    device: str | torch.device = "cpu"
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images, float32 [B, C, H, W], and labels, int64 [B]."""
+        count = len(self.split) if self.images is None else min(self.images, len(self.split))
+        size, place = min(self.batch_size, count), torch.device(self.device)
+        chosen = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(self.seed))[:count]
+        for indices in torch.split(chosen[: count - count % size], size):
+            images = normalise(self.split.images(indices).to(place), self.mean, self.std)
+            yield images, self.split.labels[indices].to(place)

@@ -1,0 +1,115 @@
+"""Taylor: how much the loss would change to first order if a channel were gone."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
+
+import numpy as np
+
+from prune2deploy.budget import Ranking
+from prune2deploy.errors import InputError
+from prune2deploy.groups import Groups
+from prune2deploy.methods.base import Method, Needs, Range, Weights, per_channel
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@final
+@dataclass(frozen=True)
+class Taylor(Method):
+    """Score a channel by the squared derivative of the loss by a gate on it (Molchanov et al., CVPR 2019).
+
+    Importance Estimation for Neural Network Pruning, arXiv 1906.10771: the importance of parameters that go together is
+    ``(sum of gradient * weight)^2``, taken batch by batch and averaged. Here the parameters are those that read the
+    channel, of all its readers at once: their sum is the loss's derivative by a gate in front of them. Behind a ReLU
+    that is the paper's gate behind the norm. (That reading, and the groups, are ours.)
+
+    The loss is the cross-entropy in eval mode. Scores of all groups compete, since all are changes of one loss.
+
+    Attributes:
+        images: how many labelled images at most; the gradients of each batch are summed before they are squared.
+    """
+
+    needs: ClassVar[Needs] = Needs(data=True, labels=True, pretrained=True)
+    ranking: ClassVar[Ranking] = "global"
+
+    images: Annotated[int, Range(low=1)] = 1024
+
+    def prepare(self, module: "nn.Module", groups: Groups, data: Iterable[Any] | None = None) -> dict[str, np.ndarray]:
+        """Return group id -> mean over the batches of the squared derivatives, float64 [channels].
+
+        Args:
+            module: maps images to logits [B, classes]; it keeps its weights and modes.
+            groups: its groups.
+            data: pairs of normalised images [B, C, H, W] and labels int64 [B], on the module's device.
+
+        Raises:
+            InputError: if there are no labelled images, or the loss on them is not finite.
+        """
+        import torch.nn.functional as F
+
+        from prune2deploy.train.accuracy import eval_mode, logits_of, require
+
+        names = sorted({reader.parameter for group in groups.prunable for reader in group.of_role("reader")})
+        sums = {group.id: np.zeros(group.size) for group in groups.prunable}
+        seen = batches = 0
+        with eval_mode(module), _differentiable(module, names) as tensors:
+            for images, labels in data or ():
+                loss = F.cross_entropy(logits_of(module, images, int(labels.max()) + 1), labels)
+                value = float(loss.detach())
+                require(math.isfinite(value), f"the loss is {value}; check the weights and the normalisation")
+                for group, derivatives in _gate_derivatives(loss, tensors, groups).items():
+                    sums[group] += derivatives**2
+                seen, batches = seen + len(labels), batches + 1
+                if seen >= self.images:
+                    break
+        require(batches > 0, "method 'taylor' needs images with labels; give a data set that has some")
+        return {group: total / batches for group, total in sums.items()}
+
+    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+        """Return what `prepare` found, float64 [channels] for each group."""
+        if state is None:
+            raise InputError("method 'taylor' needs images with labels, which it is prepared with; give --data")
+        found: dict[str, np.ndarray] = state
+        return found
+
+
+def _gate_derivatives(loss: "Tensor", tensors: "dict[str, Tensor]", groups: Groups) -> dict[str, np.ndarray]:
+    """Return the loss's derivative by a gate on every channel where it is read, float64 [channels] for each group."""
+    import torch
+
+    gradients = torch.autograd.grad(loss, list(tensors.values()))
+    products = {
+        name: (tensor.detach().double() * gradient.double()).cpu().numpy()
+        for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True)
+    }
+    return {
+        group.id: np.sum(
+            [
+                per_channel(products[reader.parameter], reader.axis, reader.indices).sum(axis=1)
+                for reader in group.of_role("reader")
+            ],
+            axis=0,
+        )
+        for group in groups.prunable
+    }
+
+
+@contextmanager
+def _differentiable(module: "nn.Module", names: Iterable[str]) -> "Iterator[dict[str, Tensor]]":
+    """Let these parameters take gradients, and those that took none before take none afterwards."""
+    tensors = module.state_dict(keep_vars=True)
+    for name in names:
+        if name not in tensors:
+            raise InputError(f"the network has no weight '{name}', which its groups name; analyse this network again")
+    frozen = [tensors[name] for name in names if not tensors[name].requires_grad]
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield {name: tensors[name] for name in names}
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
