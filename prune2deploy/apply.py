@@ -25,6 +25,27 @@ def weights_of(module: "nn.Module") -> dict[str, np.ndarray]:
     return found
 
 
+def set_weights(module: "nn.Module", weights: Mapping[str, np.ndarray]) -> None:
+    """Replace parameters and buffers in place.
+
+    Args:
+        module: the network.
+        weights: name -> the whole array.
+
+    Raises:
+        InputError: if the module has none of that name and shape.
+    """
+    import torch
+
+    tensors = module.state_dict(keep_vars=True)
+    for name, array in weights.items():
+        if name not in tensors or tensors[name].shape != array.shape:
+            raise InputError(f"the module has no '{name}' of shape {list(array.shape)}; use the groups of this network")
+    with torch.no_grad():
+        for name, array in weights.items():
+            tensors[name].copy_(torch.from_numpy(array))
+
+
 def apply_masks(module: "nn.Module", groups: Groups, masks: Masks) -> None:
     """Silence the removed channels in place: zero their filters, biases, and norm scales and shifts.
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prune2deploy.data import Batches, Data
     from prune2deploy.graph.rewrite import Slimmed
     from prune2deploy.latency import Comparison
+    from prune2deploy.methods.base import PruneResult
     from prune2deploy.networks import Network
 
 VERIFY_SAMPLES = 8
@@ -161,7 +162,9 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
             note(f"choosing channels by {recipe.method}")
             state = method.prepare(module.to(recipe.device), groups, _labelled(task)) if method.needs.data else None
             result = method.plan(weights, groups, target, round_to=recipe.round_to, state=state)
-        outcome = _train(task, groups, result.keep, result.offsets, note, on_progress)
+        outcome = _train(task, groups, result, note, on_progress)
+        if method.needs_finetuning and not recipe.finetune.epochs:
+            outcome["warnings"].append(f"'{recipe.method}' starts norms anew: of no use before --finetune-epochs")
         forget_later_steps(run)
         write_bytes(run / "analysis.onnx", serialized)
         write_json(run / "source_map.json", analysis.source_map)
@@ -227,19 +230,19 @@ def forget_later_steps(run: Path) -> None:
 def _train(
     task: Task,
     groups: Groups,
-    masks: Masks,
-    offsets: Mapping[str, np.ndarray],
+    planned: PruneResult,
     note: Note,
     on_progress: Callable[[Any], None] | None,
 ) -> dict[str, Any]:
     """Mask the network in place and fine-tune it; return accuracies, history, times and warnings."""
-    from prune2deploy.apply import MaskKeeper, apply_masks, fold_offsets
+    from prune2deploy.apply import MaskKeeper, apply_masks, fold_offsets, set_weights
     from prune2deploy.train import finetune, recalibrate
 
-    recipe, module = task.recipe, task.network.module.to(task.recipe.device)
+    recipe, module, masks = task.recipe, task.network.module.to(task.recipe.device), planned.keep
     seconds: dict[str, float] = {}
     accuracy: dict[str, Any] = {"dense": _accuracy(task, "dense", note, seconds), "finetuned": None}
-    skipped = fold_offsets(module, groups, masks, offsets) if offsets else []
+    set_weights(module, planned.weights)
+    skipped = fold_offsets(module, groups, masks, planned.offsets) if planned.offsets else []
     apply_masks(module, groups, masks)
     if recipe.recalibrate:
         note("measuring the norms' statistics anew")

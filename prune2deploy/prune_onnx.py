@@ -81,6 +81,7 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
             note(f"choosing channels by {recipe.method}")
             result = method.plan(masking.weights_of(dense), groups, target, round_to=recipe.round_to)
         masked = copy_of(dense)
+        masking.set_weights(masked, result.weights)
         warnings = masking.fold_offsets(masked, groups, result.keep, result.offsets) if result.offsets else []
         masking.apply_masks(masked, groups, result.keep)
         section = pipeline.prune_section(recipe, groups, result.keep, target) | _circumstances(recipe, source)
@@ -126,6 +127,11 @@ def _require_possible(recipe: Recipe, method: Method, run: Path) -> None:
     if method.needs.data or method.needs.labels or method.needs.trains_weights:
         raise InputError(
             f"method '{recipe.method}' needs the torch network, but '{source}' is an ONNX file; use l1, l2, fpgm or bn"
+        )
+    if method.needs_finetuning:
+        raise InputError(
+            f"method '{recipe.method}' starts norms anew, which only training mends, but '{source}' is an ONNX file; "
+            "add --option norms=keep"
         )
     if recipe.samples is not None and not recipe.samples.endswith(".npz"):
         raise InputError(f"--samples '{recipe.samples}' does not end in .npz; write it with numpy.savez(FILE, ...)")

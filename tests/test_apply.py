@@ -26,7 +26,7 @@ from toy_groups import (
     span,
 )
 
-from prune2deploy.apply import MaskKeeper, apply_masks, fold_offsets, weights_of
+from prune2deploy.apply import MaskKeeper, apply_masks, fold_offsets, set_weights, weights_of
 from prune2deploy.cost import Cost, Width
 from prune2deploy.errors import InputError
 from prune2deploy.groups import SILENCED_ROLES, Group, Groups
@@ -101,6 +101,20 @@ def test_weights_of_are_copies() -> None:
     assert net.stem.weight.any()
     assert weights.keys() == net.state_dict().keys()
     assert weights_of(net.to(torch.bfloat16))["stem.weight"].dtype == np.float32
+
+
+def test_new_weights_are_put_in_place_whole_and_in_the_networks_own_type() -> None:
+    net = randomise(Residual()).to(torch.bfloat16)
+    kept = net.get_parameter("bn.weight")
+    set_weights(net, {"bn.weight": np.arange(6.0), "bn.running_var": np.ones(6, np.float32)})
+    assert net.get_parameter("bn.weight") is kept
+    assert kept.tolist() == [0, 1, 2, 3, 4, 5]
+    assert net.get_buffer("bn.running_var").tolist() == [1] * 6
+    before = weights_of(net)
+    for name, array in (("bn.weight", np.ones(5)), ("other", np.ones(6))):
+        with pytest.raises(InputError, match=f"no '{name}' of shape"):
+            set_weights(net, {"bn.bias": np.ones(6), name: array})
+    assert all(np.array_equal(before[name], values) for name, values in weights_of(net).items())
 
 
 def test_masks_that_do_not_fit_are_refused_with_what_is_wrong() -> None:

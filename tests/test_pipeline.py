@@ -343,6 +343,7 @@ WALKS = {
     "bn with mean fold": ("--method", "bn", "--option", "score=std", "--option", "mean_fold=true"),
     "random to parameters, keep": ("--method", "random", "--target", "params=0.5", "--keep", "stem*"),
     "taylor": ("--method", "taylor", "--option", "images=128"),
+    "epruner": ("--method", "epruner", "--option", "scope=all"),
     "l1, rounded": ("--round-to", "4", "--recalibrate", "--seed", "3"),
 }
 

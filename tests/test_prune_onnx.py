@@ -181,6 +181,7 @@ def test_no_torch_takes_part(folder: Path, tmp_path: Path) -> None:
         ("--method", "l1"),
         ("--method", "l2"),
         ("--method", "fpgm"),
+        ("--method", "epruner", "--option", "norms=keep", "--option", "scope=all"),
         ("--method", "random", "--option", "seed=3"),
         ("--method", "bn", "--option", "score=rms"),
         ("--method", "bn", "--option", "mean_fold=true"),
@@ -195,9 +196,17 @@ def test_every_method_prunes_to_its_target(arguments: tuple[str, ...], folder: P
     assert report(tmp_path / "run")["slim"]["macs"]["after"] == prune["macs"]["pruned"]
 
 
-def test_a_method_that_needs_gradients_is_refused(folder: Path, tmp_path: Path) -> None:
-    outcome = p2d("prune", folder / "model.onnx", "--method", "taylor", "-o", tmp_path / "run")
-    refused(outcome, 2, "'taylor' needs the torch network", "model.onnx", "l1, l2, fpgm or bn")
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("taylor", ("'taylor' needs the torch network", "model.onnx", "l1, l2, fpgm or bn")),
+        ("epruner", ("'epruner' starts norms anew", "model.onnx", "--option norms=keep")),
+    ],
+)
+def test_a_method_that_needs_training_is_refused(
+    method: str, said: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    refused(p2d("prune", folder / "model.onnx", "--method", method, "-o", tmp_path / "run"), 2, *said)
     assert not (tmp_path / "run").exists()
 
 

@@ -28,6 +28,20 @@ def weights_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return found
 
 
+def set_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> None:
+    """Replace initializers in place; each keeps its type.
+
+    Raises:
+        InputError: if the model has none of that name and shape.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, array in weights.items():
+        own = _array(tensors, name)
+        if own.shape != array.shape:
+            raise InputError(f"initializer '{name}' has shape {list(own.shape)}, not {list(array.shape)}")
+        write(tensors[name], array.astype(own.dtype))
+
+
 def apply_masks(model: onnx.ModelProto, groups: Groups, masks: Masks) -> None:
     """Silence the removed channels in place: zero their filters, biases, and norm scales and shifts.
 

@@ -43,6 +43,12 @@ METHODS: Mapping[str, MethodInfo] = {
         Needs(norms=True),
         "reconstructed",
     ),
+    "epruner": MethodInfo(
+        "prune2deploy.methods.epruner:EPruner",
+        "exemplars that affinity propagation finds among filters (Lin et al., TNNLS 2022)",
+        Needs(pretrained=True),
+        "published",
+    ),
     "taylor": MethodInfo(
         "prune2deploy.methods.taylor:Taylor",
         "squared derivative of the loss by a gate on the channel (Molchanov et al., CVPR 2019)",

@@ -39,11 +39,13 @@ class PruneResult:
         keep: for every group, bool [channels]; True keeps.
         offsets: group id -> float64 [channels]: how much more than the masked network a removed channel's readers
             should see, on average; absent is nothing. (Masked, they see f(0) of the activations on the way.)
+        weights: parameter or buffer name -> the array that replaces the whole of it, before anything is masked.
         report: what happened, as JSON values.
     """
 
     keep: dict[str, np.ndarray]
     offsets: dict[str, np.ndarray] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,6 +95,11 @@ class Method(TrainingHooks, ABC):
     needs: ClassVar[Needs]
     ranking: ClassVar[Ranking] = "uniform"
 
+    @property
+    def needs_finetuning(self) -> bool:
+        """Whether the pruned network is of no use before it was trained."""
+        return False
+
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
         for option in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
@@ -115,6 +122,10 @@ class Method(TrainingHooks, ABC):
 
     def offsets(self, weights: Weights, groups: Groups, keep: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return `PruneResult.offsets` for the removed channels; none by default."""
+        return {}
+
+    def new_weights(self, weights: Weights, groups: Groups, keep: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return `PruneResult.weights` for these masks; none by default."""
         return {}
 
     def plan(
@@ -148,7 +159,7 @@ class Method(TrainingHooks, ABC):
             "share": {"macs": share(groups, "macs", kept), "params": share(groups, "params", kept)},
             "not_scored": [group.id for group in groups.prunable if group.id not in scores],
         }
-        return PruneResult(keep, self.offsets(weights, groups, keep), report)
+        return PruneResult(keep, self.offsets(weights, groups, keep), self.new_weights(weights, groups, keep), report)
 
 
 def describe_options(method: type[Method]) -> dict[str, str]:

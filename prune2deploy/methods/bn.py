@@ -8,8 +8,9 @@ import numpy as np
 from scipy.special import erf, log1p, ndtr
 
 from prune2deploy.errors import InputError
-from prune2deploy.groups import Group, Groups, Layer
+from prune2deploy.groups import Group, Groups
 from prune2deploy.methods.base import Method, Needs, Weights, array, per_channel
+from prune2deploy.methods.filters import is_depthwise
 
 _POINT_MASS = 1e-12
 """Below this scale a channel is taken as constant."""
@@ -130,7 +131,7 @@ def _views(weights: Weights, groups: Groups, group: Group) -> list[_View]:
     of_a_sum = [norm.view for norm in norms if norm.layer not in producers]
     if of_a_sum:
         return of_a_sum
-    depthwise = [i for i, norm in enumerate(norms) if _is_depthwise(weights, producers[norm.layer])]
+    depthwise = [i for i, norm in enumerate(norms) if is_depthwise(weights, producers[norm.layer])]
     added = [norm.view for norm in (norms[depthwise[-1] :] if depthwise else norms)]
     return [_sum(added)] if added else []
 
@@ -142,18 +143,11 @@ def _single_view(weights: Weights, groups: Groups, group: Group) -> _View | None
     views = _views(weights, groups, group)
     if len(group.activations) > 1 or len(views) != 1 or views[0].beta.shape[1] != 1:
         return None
-    if not any(_is_depthwise(weights, layer) for layer in layers):
+    if not any(is_depthwise(weights, layer) for layer in layers):
         # The norm must belong to the one producer: then nothing reads the channel but through it.
         return views[0] if norms == [layer.norm for layer in layers] and len(norms) == 1 else None
     # Before the depthwise convolution the channel is another: a second reader might read it there.
     return views[0] if norms[-1] == layers[-1].norm and len(group.of_role("reader")) == 1 else None
-
-
-def _is_depthwise(weights: Weights, layer: Layer) -> bool:
-    """Whether the layer makes every output channel of the input channel at the same place."""
-    if layer.op_type != "Conv" or layer.weight is None or layer.in_width != layer.out_width:
-        return False
-    return bool(layer.in_width.terms) and array(weights, layer.weight).shape[1] == 1
 
 
 def _sum(views: list[_View]) -> _View:

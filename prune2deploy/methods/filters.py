@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from prune2deploy.groups import Group, Groups
+from prune2deploy.groups import Group, Groups, Layer, Member
 from prune2deploy.methods.base import Weights, array, per_channel
 
 Measure = Callable[[np.ndarray], np.ndarray]
@@ -32,3 +32,19 @@ def _score(weights: Weights, group: Group, measure: Measure) -> np.ndarray | Non
         return None
     shares = [values / values.mean() for values in found if values.any()]
     return np.mean(shares, axis=0) if shares else np.zeros(group.size)
+
+
+def is_depthwise(weights: Weights, layer: Layer) -> bool:
+    """Whether the layer makes every output channel of the input channel at the same place."""
+    if layer.op_type != "Conv" or layer.weight is None or layer.in_width != layer.out_width:
+        return False
+    return bool(layer.in_width.terms) and array(weights, layer.weight).shape[1] == 1
+
+
+def producers(weights: Weights, groups: Groups, group: Group) -> list[Member]:
+    """Return the filters that make a group's channels; depthwise ones on the way only pass them on."""
+    return [
+        member
+        for member in group.of_role("filter")
+        if member.layer not in groups.layer_by_name or not is_depthwise(weights, groups.layer_by_name[member.layer])
+    ]

@@ -14,13 +14,14 @@ from torch import nn
 from graph.small import copy_of, graph, initializer, parse, run, slim_and_verify, weights
 from prune2deploy.apply import apply_masks as torch_apply_masks
 from prune2deploy.apply import fold_offsets as torch_fold_offsets
+from prune2deploy.apply import set_weights as torch_set_weights
 from prune2deploy.apply import weights_of as torch_weights_of
 from prune2deploy.budget import Target
 from prune2deploy.errors import InputError
 from prune2deploy.export import export_network
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.layers import totals
-from prune2deploy.graph.masking import apply_masks, fold_offsets, separate_layers, weights_of
+from prune2deploy.graph.masking import apply_masks, fold_offsets, separate_layers, set_weights, weights_of
 from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.groups import Groups
 from prune2deploy.methods import load_method
@@ -56,7 +57,9 @@ def planned(model: onnx.ModelProto, method: str = "l1", **options: Any) -> tuple
     return groups, load_method(method, **options).plan(weights_of(model), groups, Target("macs", 0.4))
 
 
-@pytest.mark.parametrize(("method", "options"), [("l1", {}), ("bn", {"score": "std", "mean_fold": True})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("l1", {}), ("bn", {"score": "std", "mean_fold": True}), ("epruner", {"scope": "all"})]
+)
 def test_the_same_arrays_change_as_in_torch(
     method: str, options: dict[str, Any], net: nn.Module, dense: onnx.ModelProto
 ) -> None:
@@ -64,6 +67,8 @@ def test_the_same_arrays_change_as_in_torch(
     groups, result = planned(model, method, **options)
     twin = type(net)(10)
     twin.load_state_dict(net.state_dict())
+    set_weights(model, result.weights)
+    torch_set_weights(twin, result.weights)
     skipped = fold_offsets(model, groups, result.keep, result.offsets)
     assert skipped == torch_fold_offsets(twin, groups, result.keep, result.offsets)
     apply_masks(model, groups, result.keep)
@@ -113,6 +118,16 @@ def test_a_file_whose_nodes_have_no_names_and_whose_weights_are_constant_nodes()
     mask = np.arange(6) > 2
     apply_masks(own, groups, {group.id: mask})
     assert initializer(slim_and_verify(own).model, "first").shape == (3, 3, 1, 1)
+
+
+def test_weights_that_do_not_fit_are_refused(dense: onnx.ModelProto) -> None:
+    model = in_normal_form(dense)
+    before = weights_of(model)
+    with pytest.raises(InputError, match="no initializer 'other'"):
+        set_weights(model, {"other": np.zeros(3)})
+    with pytest.raises(InputError, match=r"'stem\.weight' has shape .*, not \[3\]"):
+        set_weights(model, {"stem.weight": np.zeros(3)})
+    assert all(np.array_equal(before[name], values) for name, values in weights_of(model).items())
 
 
 def test_masks_that_do_not_fit_are_refused(dense: onnx.ModelProto) -> None:

@@ -1,0 +1,198 @@
+"""EPruner: the exemplars that affinity propagation finds among a layer's filters."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, final
+
+import numpy as np
+
+from prune2deploy.budget import Ranking, Target, share
+from prune2deploy.errors import DeviceError
+from prune2deploy.groups import Group, Groups
+from prune2deploy.methods.base import Method, Needs, PruneResult, Range, Weights, array, per_channel
+from prune2deploy.methods.filters import producers
+from prune2deploy.methods.fpgm import squared_distances
+
+_SEARCH_STEPS = 12
+_MOST_PREFERENCE = 64.0
+
+_ATTEMPTS = ((1000, 50), (5000, 50), (5000, 200))
+"""Iterations at most, and for how many the exemplars must stay the same, one attempt after the other.
+
+scikit-learn's 15 can stop on a passing state where filters are nearly equal: one exemplar in place of twelve.
+"""
+
+_NEW_NORM = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "var": 1.0}
+
+
+@final
+@dataclass(frozen=True)
+class EPruner(Method):
+    """Keep a layer's exemplar filters (Lin et al., Network Pruning Using Adaptive Exemplar Filters, TNNLS 2022).
+
+    arXiv 2101.07985, after the authors' code (the paper's text was not read): affinity propagation on the negative
+    squared distances of the flattened filters, filter k's preference being ``preference`` times the median of its
+    column. The exemplars stay with their weights, and the norms of pruned layers start anew: the network is of no use
+    before it is fine-tuned. How many exemplars there are is the algorithm's choice; more preference gives fewer.
+
+    Ours: `plan` searches the preference with which the exemplars meet the target best, from below, and fills what is
+    left with the filters that their exemplars represent worst; where widths are rounded, exemplars of the smallest
+    clusters go first. The filters of several layers that make one group are put side by side, each in units of its
+    layer's mean length.
+
+    Attributes:
+        preference: the factor where none is searched for.
+        scope: ``inner``, as the paper: groups that one layer makes, so that a stage's output stays whole; or ``all``.
+        norms: ``reset``, as the paper: scale 1, shift 0, mean 0, variance 1 behind pruned layers; or ``keep``.
+        damping: of the messages.
+        seed: of the noise that breaks ties (scikit-learn's, at the size of rounding).
+    """
+
+    needs: ClassVar[Needs] = Needs(pretrained=True)
+    ranking: ClassVar[Ranking] = "global"
+
+    preference: Annotated[float, Range(low=0)] = 0.76
+    scope: Literal["inner", "all"] = "inner"
+    norms: Literal["reset", "keep"] = "reset"
+    damping: Annotated[float, Range(low=0.5, high=0.99)] = 0.5
+    seed: Annotated[int, Range(low=0)] = 0
+
+    @property
+    def needs_finetuning(self) -> bool:
+        """Whether the norms start anew."""
+        return self.norms == "reset"
+
+    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+        """Return group id -> float64 [channels]: above 1 for exemplars, by cluster; else how badly it is represented.
+
+        Raises:
+            DeviceError: if scikit-learn is not installed.
+        """
+        return {group: _score(found) for group, found in self._clusters(weights, groups).items()}
+
+    def plan(self, weights: Weights, groups: Groups, target: Target, **options: Any) -> PruneResult:
+        """Return the masks of the best preference found; arguments and errors are those of `Method.plan`."""
+        chosen = self._searched(weights, groups, target)
+        result = super(EPruner, chosen).plan(weights, groups, target, **options)
+        clusters = chosen._clusters(weights, groups)
+        own = {
+            "preference": chosen.preference,
+            "exemplars": {group: len(found.exemplars) for group, found in clusters.items()},
+            "not_converged": [group for group, found in clusters.items() if not found.converged],
+            "scope": self.scope,
+            "norms": self.norms,
+        }
+        return replace(result, report=result.report | own)
+
+    def new_weights(self, weights: Weights, groups: Groups, keep: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the norms that start anew: those that carry the channels of groups that lost some."""
+        found: dict[str, np.ndarray] = {}
+        for group in groups.prunable if self.norms == "reset" else ():
+            if keep[group.id].all():
+                continue
+            for member in group.of_role(*_NEW_NORM):
+                values = found.setdefault(member.parameter, np.array(weights[member.parameter]))
+                np.moveaxis(values, member.axis, 0)[member.indices] = _NEW_NORM[member.role]
+        return found
+
+    def _searched(self, weights: Weights, groups: Groups, target: Target) -> "EPruner":
+        """Return this with the preference whose exemplars come nearest the target from below, of those tried.
+
+        More preference gives fewer exemplars, in practice but not always; so the best that was seen is taken.
+        """
+
+        def tried(preference: float) -> tuple[float, "EPruner"]:
+            method = replace(self, preference=preference)
+            counts = {group: len(found.exemplars) for group, found in method._clusters(weights, groups).items()}
+            return share(groups, target.kind, groups.full_widths() | counts), method
+
+        low, high = 0.0, 1.0
+        seen = [tried(high)]
+        while seen[-1][0] > target.share and high < _MOST_PREFERENCE:
+            low, high = high, 2 * high
+            seen.append(tried(high))
+        for _ in range(_SEARCH_STEPS):
+            middle = (low + high) / 2
+            seen.append(tried(middle))
+            low, high = (middle, high) if seen[-1][0] > target.share else (low, middle)
+        within = [one for one in seen if one[0] <= target.share]
+        return max(within, key=lambda one: one[0])[1] if within else min(seen, key=lambda one: one[0])[1]
+
+    def _clusters(self, weights: Weights, groups: Groups) -> dict[str, "Clusters"]:
+        found = {}
+        for group in groups.prunable:
+            made_by = producers(weights, groups, group)
+            if made_by and (self.scope == "all" or len(made_by) == 1):
+                found[group.id] = exemplars_of(
+                    _rows(weights, group), self.preference, damping=self.damping, seed=self.seed
+                )
+        return found
+
+
+class Clusters(NamedTuple):
+    """What affinity propagation found among filters.
+
+    Attributes:
+        exemplars: int64 [clusters], ascending.
+        of: the exemplar of every filter, int64 [filters].
+        distances: squared distances, float64 [filters, filters].
+        converged: whether it did; if not, every filter is its own exemplar.
+    """
+
+    exemplars: np.ndarray
+    of: np.ndarray
+    distances: np.ndarray
+    converged: bool
+
+
+def exemplars_of(filters: np.ndarray, preference: float, *, damping: float = 0.5, seed: int = 0) -> Clusters:
+    """Return the clusters of filters, float [filters, weights], and their exemplars (Frey, Dueck, Science 315, 2007).
+
+    Raises:
+        DeviceError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.cluster import AffinityPropagation
+        from sklearn.exceptions import ConvergenceWarning
+    except ImportError as error:
+        message = "scikit-learn is not installed, which method 'epruner' needs; pip install 'prune2deploy[torch]'"
+        raise DeviceError(message) from error
+    distances, count = squared_distances(filters), len(filters)
+    preferences = preference * np.median(-distances, axis=0)
+    for iterations, steady in _ATTEMPTS if count > 1 else ():
+        propagation = AffinityPropagation(
+            damping=damping,
+            max_iter=iterations,
+            convergence_iter=steady,
+            affinity="precomputed",
+            preference=preferences,
+            random_state=seed,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            propagation.fit(-distances)
+        if not any(issubclass(one.category, ConvergenceWarning) for one in caught):
+            exemplars = propagation.cluster_centers_indices_.astype(np.int64)
+            return Clusters(np.sort(exemplars), exemplars[propagation.labels_], distances, True)
+    everyone = np.arange(count)
+    return Clusters(everyone, everyone, distances, count == 1)
+
+
+def _score(found: Clusters) -> np.ndarray:
+    count = len(found.of)
+    nearest = found.distances[np.arange(count), found.of]
+    typical = float(np.median(found.distances)) or 1.0
+    score = nearest / (nearest + typical)
+    score[found.exemplars] = 1 + np.bincount(found.of, minlength=count)[found.exemplars] / count
+    return np.asarray(score)
+
+
+def _rows(weights: Weights, group: Group) -> np.ndarray:
+    """Return the filters of a group's channels, float64 [channels, weights]."""
+    rows = [
+        per_channel(array(weights, member.parameter), member.axis, member.indices) for member in group.of_role("filter")
+    ]
+    if len(rows) == 1:
+        return rows[0]
+    return np.concatenate([part / (np.linalg.norm(part, axis=1).mean() or 1.0) for part in rows], axis=1)
