@@ -14,6 +14,9 @@ from prune2deploy.methods.base import Method, Needs, PruneResult, Range, Weights
 from prune2deploy.methods.filters import producers
 from prune2deploy.methods.fpgm import squared_distances
 
+_PAPERS_PREFERENCE = 0.76
+"""For ResNet-56 on CIFAR-10; what scores are taken at where nothing is searched."""
+
 _SEARCH_STEPS = 12
 _MOST_PREFERENCE = 64.0
 
@@ -36,13 +39,13 @@ class EPruner(Method):
     column. The exemplars stay with their weights, and the norms of pruned layers start anew: the network is of no use
     before it is fine-tuned. How many exemplars there are is the algorithm's choice; more preference gives fewer.
 
-    Ours: `plan` searches the preference with which the exemplars meet the target best, from below, and fills what is
-    left with the filters that their exemplars represent worst; where widths are rounded, exemplars of the smallest
-    clusters go first. The filters of several layers that make one group are put side by side, each in units of its
-    layer's mean length.
+    Ours: the preference with which the exemplars meet the target best, from below, is searched, and what is left is
+    filled with the filters that their exemplars represent worst; where exemplars have to go (widths are rounded, or the
+    preference was given), those of the smallest clusters go first. The filters of several layers that make one group
+    are put side by side, each in units of its layer's mean length.
 
     Attributes:
-        preference: the factor where none is searched for.
+        preference: 0 searches it; above 0 it is this one, and the target is met by filling or taking away.
         scope: ``inner``, as the paper: groups that one layer makes, so that a stage's output stays whole; or ``all``.
         norms: ``reset``, as the paper: scale 1, shift 0, mean 0, variance 1 behind pruned layers; or ``keep``.
         damping: of the messages.
@@ -52,7 +55,7 @@ class EPruner(Method):
     needs: ClassVar[Needs] = Needs(pretrained=True)
     ranking: ClassVar[Ranking] = "global"
 
-    preference: Annotated[float, Range(low=0)] = 0.76
+    preference: Annotated[float, Range(low=0)] = 0.0
     scope: Literal["inner", "all"] = "inner"
     norms: Literal["reset", "keep"] = "reset"
     damping: Annotated[float, Range(low=0.5, high=0.99)] = 0.5
@@ -72,8 +75,8 @@ class EPruner(Method):
         return {group: _score(found) for group, found in self._clusters(weights, groups).items()}
 
     def plan(self, weights: Weights, groups: Groups, target: Target, **options: Any) -> PruneResult:
-        """Return the masks of the best preference found; arguments and errors are those of `Method.plan`."""
-        chosen = self._searched(weights, groups, target)
+        """Return the masks of the preference that was given or found; arguments and errors are `Method.plan`'s."""
+        chosen = self if self.preference else self._searched(weights, groups, target)
         result = super(EPruner, chosen).plan(weights, groups, target, **options)
         clusters = chosen._clusters(weights, groups)
         own = {
@@ -125,7 +128,7 @@ class EPruner(Method):
             made_by = producers(weights, groups, group)
             if made_by and (self.scope == "all" or len(made_by) == 1):
                 found[group.id] = exemplars_of(
-                    _rows(weights, group), self.preference, damping=self.damping, seed=self.seed
+                    _rows(weights, group), self.preference or _PAPERS_PREFERENCE, damping=self.damping, seed=self.seed
                 )
         return found
 

@@ -16,8 +16,8 @@ class FPGM(Method):
     """Score a filter by the sum of its Euclidean distances to the layer's other filters.
 
     The filter with the smallest sum is the one nearest the geometric median, which the others stand in for best (He et
-    al., Filter Pruning via Geometric Median, CVPR 2019, arXiv 1811.00250). Groups of several layers: see
-    `filters.filter_scores`, which is ours.
+    al., Filter Pruning via Geometric Median, CVPR 2019, arXiv 1811.00250). Where several layers make a channel together
+    (a residual stage), each counts alike, in units of its own mean; that is ours.
     """
 
     needs: ClassVar[Needs] = Needs()

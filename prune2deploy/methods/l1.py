@@ -15,7 +15,8 @@ from prune2deploy.methods.filters import filter_scores
 class L1(Method):
     """Score a filter by the sum of its absolute weights (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017).
 
-    Groups of several layers: see `filters.filter_scores`, which is ours (the paper prunes each layer on its own).
+    Where several layers make a channel together (a residual stage), each counts alike, in units of its own mean; that
+    is ours, for the paper prunes each layer on its own.
     """
 
     needs: ClassVar[Needs] = Needs()

@@ -15,8 +15,8 @@ from prune2deploy.methods.filters import filter_scores
 class L2(Method):
     """Score a filter by its Euclidean norm (as in He et al., Soft Filter Pruning, IJCAI 2018, arXiv 1808.06866).
 
-    Of that paper only the criterion: its filters come back while it trains. Groups of several layers: see
-    `filters.filter_scores`, which is ours.
+    Of that paper only the criterion: its filters come back while it trains. Where several layers make a channel
+    together (a residual stage), each counts alike, in units of its own mean; that is ours.
     """
 
     needs: ClassVar[Needs] = Needs()

@@ -107,6 +107,13 @@ def test_all_exemplars_of_the_preference_found_are_kept_and_the_rest_fills_the_b
     assert result.report["not_converged"] == []
 
 
+def test_a_preference_that_is_given_is_the_one_that_is_used() -> None:
+    weights, groups = weights_of(randomise(Residual())), residual_groups()
+    result = EPruner(scope="all", preference=1.5).plan(weights, groups, Target("macs", 0.6))
+    assert result.report["preference"] == 1.5
+    assert share(groups, "macs", widths(result.keep)) <= 0.6
+
+
 def test_what_fills_a_budget_is_what_its_exemplar_represents_worst() -> None:
     filters = planted(clusters=3, members=3, spread=0.01)
     filters[4] += 0.5
