@@ -785,9 +785,15 @@ MUTANTS: list[Mutant] = [
         RULE_TESTS.format("pool"),
         (
             "a window that starts in the padding is counted",
-            "        count -= (count - 1) * step >= size + pads[axis]\n",
+            "        count, fewer = count - behind, fewer or behind\n",
             "",
         ),
+        (
+            "pools are counted by sizes that others have changed",
+            "not any(floored(node, shapes.get(node.input[0])) for node in pools)",
+            "not any([floored(node, shapes.get(node.input[0])) for node in pools])",
+        ),
+        ("a pool that is an output has no size", "*graph.input, *graph.output)", "*graph.input)"),
     ),
     *_of(
         "normal.py",

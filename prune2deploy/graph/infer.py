@@ -72,10 +72,10 @@ def _inferred(bare: onnx.ModelProto) -> onnx.ModelProto:
     while True:
         inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
         pools = [node for node in bare.graph.node if _rounds_up(node)]
-        values = (*inferred.graph.value_info, *bare.graph.input) if pools else ()
+        graph = inferred.graph
+        values = (*graph.value_info, *graph.input, *graph.output) if pools else ()
         shapes = {value.name: read_shape(value.type) for value in values}
-        changed = [floored(node, shapes.get(node.input[0])) for node in pools]
-        if not any(changed):
+        if not any(floored(node, shapes.get(node.input[0])) for node in pools):  # behind the first, sizes are others
             return inferred
 
 
@@ -89,7 +89,7 @@ POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})
 
 
 def floored(node: onnx.NodeProto, shape: Shape | None) -> bool:
-    """Let a pool with ``ceil_mode`` say its sizes without it, by its padding; return whether there was anything to do.
+    """Let a pool with ``ceil_mode`` say its sizes without it, by its padding; return whether they are others then.
 
     Before opset 22 onnx counts a window that would start behind all of the input, and runtimes do not.
     """
@@ -102,17 +102,18 @@ def floored(node: onnx.NodeProto, shape: Shape | None) -> bool:
         return False
     ones = [1] * len(kernel)
     strides, dilations = given.get("strides", ones), given.get("dilations", ones)
-    pads = list(given.get("pads", [0] * 2 * len(kernel)))
+    pads, fewer = list(given.get("pads", [0] * 2 * len(kernel))), False
     for axis, (size, taps, step, dilation) in enumerate(zip(sizes, kernel, strides, dilations, strict=True)):
         assert isinstance(size, int)
         window, padded = (taps - 1) * dilation + 1, size + pads[axis] + pads[len(kernel) + axis]
         count = -(-(padded - window) // step) + 1
-        count -= (count - 1) * step >= size + pads[axis]
+        behind = (count - 1) * step >= size + pads[axis]
+        count, fewer = count - behind, fewer or behind
         pads[len(kernel) + axis] += max(0, (count - 1) * step + window - padded)
     kept = [attribute for attribute in node.attribute if attribute.name not in ("ceil_mode", "pads")]
     del node.attribute[:]
     node.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads)])
-    return True
+    return fewer
 
 
 def _believed(inferred: Shape | None, given: onnx.ValueInfoProto) -> Shape | None:

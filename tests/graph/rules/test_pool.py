@@ -7,7 +7,7 @@ import pytest
 from onnx.helper import make_node as node
 
 from graph.rule_check import Line, check_line, label
-from graph.small import analysis_of, copy_of, graph, kept, operators, slim_and_verify, weights
+from graph.small import analysis_of, copy_of, graph, kept, operators, run, slim_and_verify, weights
 from prune2deploy.graph.normal import normalise
 
 LINES: list[Line] = [
@@ -153,6 +153,25 @@ def test_a_window_that_would_start_in_the_padding_is_not_counted(op: str, opset:
     shapes = {tensor.name: tensor.shape for each in normalise(copy_of(model)).nodes for tensor in each.outputs}
     assert shapes["p"] == ["N", 4, 3, 3]
     slim_and_verify(model)
+
+
+@pytest.mark.parametrize("outputs", [["c"], ["a", "b", "c"]])
+@pytest.mark.parametrize("windows", [((3, 1, 2), (3, 1, 3), (2, 1, 2)), ((2, 1, 2), (3, 0, 2), (3, 1, 3))])
+def test_pools_behind_one_another_count_their_windows_by_what_is_left(
+    windows: tuple[tuple[int, int, int], ...], outputs: list[str]
+) -> None:
+    """The first that counts fewer than onnx does makes other sizes for the next; an output may be read on."""
+    nodes = [
+        node("MaxPool", [source], [made], kernel_shape=[k, k], pads=[p] * 4, strides=[s, s], ceil_mode=1)
+        for (source, made), (k, p, s) in zip(("xa", "ab", "bc"), windows, strict=True)
+    ]
+    for size in (6, 8, 12, 13):
+        model = graph(nodes, {}, {"x": ["N", 3, size, size]}, outputs)
+        for value in model.graph.output:
+            value.type.tensor_type.ClearField("shape")  # as onnx infers them they are wrong
+        shapes = {tensor.name: tensor.shape for each in normalise(copy_of(model)).nodes for tensor in each.outputs}
+        made = run(model, {"x": np.zeros((1, 3, size, size), np.float32)})
+        assert all(shapes[name] == ["N", *array.shape[1:]] for name, array in made.items())
 
 
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
