@@ -164,7 +164,8 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
             result = method.plan(weights, groups, target, round_to=recipe.round_to, state=state)
         outcome = _train(task, groups, result, note, on_progress)
         if method.needs_finetuning and not recipe.finetune.epochs:
-            outcome["warnings"].append(f"'{recipe.method}' starts norms anew: of no use before --finetune-epochs")
+            why = method.needs_finetuning
+            outcome["warnings"].append(f"'{recipe.method}' {why}: of no use before --finetune-epochs")
         forget_later_steps(run)
         write_bytes(run / "analysis.onnx", serialized)
         write_json(run / "source_map.json", analysis.source_map)

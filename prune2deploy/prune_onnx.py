@@ -130,8 +130,8 @@ def _require_possible(recipe: Recipe, method: Method, run: Path) -> None:
         )
     if method.needs_finetuning:
         raise InputError(
-            f"method '{recipe.method}' starts norms anew, which only training mends, but '{source}' is an ONNX file; "
-            "add --option norms=keep"
+            f"method '{recipe.method}' {method.needs_finetuning}, which only training mends, but '{source}' is an "
+            "ONNX file"
         )
     if recipe.samples is not None and not recipe.samples.endswith(".npz"):
         raise InputError(f"--samples '{recipe.samples}' does not end in .npz; write it with numpy.savez(FILE, ...)")

@@ -4,18 +4,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from prune2deploy.budget import Ranking, Target, masks_to_budget, share
 from prune2deploy.errors import InputError
-from prune2deploy.groups import Groups
+from prune2deploy.groups import Groups, Member
 from prune2deploy.masks import widths
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+T = TypeVar("T")
 Weights = Mapping[str, np.ndarray]
 """Parameter or initializer name -> array; a torch network's (`apply.weights_of`) or an ONNX file's."""
 
@@ -96,9 +97,9 @@ class Method(TrainingHooks, ABC):
     ranking: ClassVar[Ranking] = "uniform"
 
     @property
-    def needs_finetuning(self) -> bool:
-        """Whether the pruned network is of no use before it was trained."""
-        return False
+    def needs_finetuning(self) -> str | None:
+        """Why the pruned network is of no use before it was trained (what the method does); None if it is."""
+        return None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
@@ -171,15 +172,28 @@ def describe_options(method: type[Method]) -> dict[str, str]:
     }
 
 
-def array(weights: Weights, name: str) -> np.ndarray:
-    """Return one weight in float64.
+def named(weights: Mapping[str, T], name: str) -> T:
+    """Return the weight of that name.
 
     Raises:
-        InputError: if the network has no weight of that name.
+        InputError: if the network has none.
     """
     if name not in weights:
         raise InputError(f"the network has no weight '{name}', which its groups name; analyse this network again")
-    return np.asarray(weights[name], dtype=np.float64)
+    return weights[name]
+
+
+def array(weights: Weights, name: str) -> np.ndarray:
+    """Return one weight in float64; errors are those of `named`."""
+    return np.asarray(named(weights, name), dtype=np.float64)
+
+
+def of_channels(weights: Weights, member: Member) -> np.ndarray:
+    """Return the part of a weight that belongs to each channel of a group, float64 [channels, everything else].
+
+    Errors are those of `named`.
+    """
+    return per_channel(array(weights, member.parameter), member.axis, member.indices)
 
 
 def per_channel(values: np.ndarray, axis: int, indices: np.ndarray) -> np.ndarray:

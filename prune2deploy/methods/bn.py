@@ -9,7 +9,7 @@ from scipy.special import erf, log1p, ndtr
 
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Group, Groups
-from prune2deploy.methods.base import Method, Needs, Weights, array, per_channel
+from prune2deploy.methods.base import Method, Needs, Weights, of_channels
 from prune2deploy.methods.filters import is_depthwise
 
 _POINT_MASS = 1e-12
@@ -115,11 +115,11 @@ def _norms(weights: Weights, group: Group) -> list[_Norm]:
     shifts = {member.layer: member for member in group.of_role("shift")}
     found = []
     for scale in group.of_role("scale"):
-        gamma = per_channel(array(weights, scale.parameter), scale.axis, scale.indices)
+        gamma = of_channels(weights, scale)
         shift = shifts.get(scale.layer)
         beta = np.zeros_like(gamma)
         if shift is not None:
-            beta = per_channel(array(weights, shift.parameter), shift.axis, shift.indices)
+            beta = of_channels(weights, shift)
         found.append(_Norm(scale.layer, _View(beta, np.abs(gamma))))
     return found
 
@@ -162,10 +162,7 @@ def _sum(views: list[_View]) -> _View:
 
 def _next(weights: Weights, group: Group) -> np.ndarray:
     """Return the Frobenius norm of the weights that read each channel, over all readers; [channels]."""
-    squares = [
-        (per_channel(array(weights, member.parameter), member.axis, member.indices) ** 2).sum(axis=1)
-        for member in group.of_role("reader")
-    ]
+    squares = [(of_channels(weights, member) ** 2).sum(axis=1) for member in group.of_role("reader")]
     return np.sqrt(np.sum(squares, axis=0)) if squares else np.ones(group.size)
 
 

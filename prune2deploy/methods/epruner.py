@@ -10,9 +10,8 @@ import numpy as np
 from prune2deploy.budget import Ranking, Target, share
 from prune2deploy.errors import DeviceError
 from prune2deploy.groups import Group, Groups
-from prune2deploy.methods.base import Method, Needs, PruneResult, Range, Weights, array, per_channel
-from prune2deploy.methods.filters import producers
-from prune2deploy.methods.fpgm import squared_distances
+from prune2deploy.methods.base import Method, Needs, PruneResult, Range, Weights, named, of_channels
+from prune2deploy.methods.filters import producers, squared_distances
 
 _PAPERS_PREFERENCE = 0.76
 """For ResNet-56 on CIFAR-10; what scores are taken at where nothing is searched."""
@@ -25,6 +24,9 @@ _ATTEMPTS = ((1000, 50), (5000, 50), (5000, 200))
 
 scikit-learn's 15 can stop on a passing state where filters are nearly equal: one exemplar in place of twelve.
 """
+
+Distances = Mapping[str, np.ndarray]
+"""Group id -> squared distances of its filters, float64 [channels, channels]."""
 
 _NEW_NORM = {"scale": 1.0, "shift": 0.0, "mean": 0.0, "var": 1.0}
 
@@ -62,26 +64,33 @@ class EPruner(Method):
     seed: Annotated[int, Range(low=0)] = 0
 
     @property
-    def needs_finetuning(self) -> bool:
-        """Whether the norms start anew."""
-        return self.norms == "reset"
+    def needs_finetuning(self) -> str | None:
+        """Why the network is of no use before it was trained, if norms start anew."""
+        return "starts norms anew (--option norms=keep leaves them)" if self.norms == "reset" else None
 
     def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
         """Return group id -> float64 [channels]: above 1 for exemplars, by cluster; else how badly it is represented.
 
+        ``state`` is the clusters that `plan` found; without it they are looked for.
+
         Raises:
             DeviceError: if scikit-learn is not installed.
         """
-        return {group: _score(found) for group, found in self._clusters(weights, groups).items()}
+        if state is None:
+            state = self._clusters(self._distances(weights, groups), self.preference or _PAPERS_PREFERENCE)
+        return {group: _score(found) for group, found in state.items()}
 
-    def plan(self, weights: Weights, groups: Groups, target: Target, **options: Any) -> PruneResult:
+    def plan(
+        self, weights: Weights, groups: Groups, target: Target, *, state: Any = None, **options: Any
+    ) -> PruneResult:
         """Return the masks of the preference that was given or found; arguments and errors are `Method.plan`'s."""
-        chosen = self if self.preference else self._searched(weights, groups, target)
-        result = super(EPruner, chosen).plan(weights, groups, target, **options)
-        clusters = chosen._clusters(weights, groups)
+        distances = self._distances(weights, groups)
+        preference = self.preference or self._searched(distances, groups, target)
+        clusters = self._clusters(distances, preference)
+        result = super().plan(weights, groups, target, state=clusters, **options)
         own = {
-            "preference": chosen.preference,
-            "exemplars": {group: len(found.exemplars) for group, found in clusters.items()},
+            "preference": preference,
+            "exemplars": _counts(clusters),
             "not_converged": [group for group, found in clusters.items() if not found.converged],
             "scope": self.scope,
             "norms": self.norms,
@@ -95,42 +104,44 @@ class EPruner(Method):
             if keep[group.id].all():
                 continue
             for member in group.of_role(*_NEW_NORM):
-                values = found.setdefault(member.parameter, np.array(weights[member.parameter]))
+                values = found.setdefault(member.parameter, np.array(named(weights, member.parameter)))
                 np.moveaxis(values, member.axis, 0)[member.indices] = _NEW_NORM[member.role]
         return found
 
-    def _searched(self, weights: Weights, groups: Groups, target: Target) -> "EPruner":
-        """Return this with the preference whose exemplars come nearest the target from below, of those tried.
+    def _searched(self, distances: Distances, groups: Groups, target: Target) -> float:
+        """Return the preference whose exemplars come nearest the target from below, of those tried.
 
         More preference gives fewer exemplars, in practice but not always; so the best that was seen is taken.
         """
-
-        def tried(preference: float) -> tuple[float, "EPruner"]:
-            method = replace(self, preference=preference)
-            counts = {group: len(found.exemplars) for group, found in method._clusters(weights, groups).items()}
-            return share(groups, target.kind, groups.full_widths() | counts), method
-
         low, high = 0.0, 1.0
-        seen = [tried(high)]
-        while seen[-1][0] > target.share and high < _MOST_PREFERENCE:
+        seen: dict[float, float] = {}
+
+        def too_much(preference: float) -> bool:
+            counts = _counts(self._clusters(distances, preference))
+            seen[preference] = share(groups, target.kind, groups.full_widths() | counts)
+            return seen[preference] > target.share
+
+        while too_much(high) and high < _MOST_PREFERENCE:
             low, high = high, 2 * high
-            seen.append(tried(high))
         for _ in range(_SEARCH_STEPS):
             middle = (low + high) / 2
-            seen.append(tried(middle))
-            low, high = (middle, high) if seen[-1][0] > target.share else (low, middle)
-        within = [one for one in seen if one[0] <= target.share]
-        return max(within, key=lambda one: one[0])[1] if within else min(seen, key=lambda one: one[0])[1]
+            low, high = (middle, high) if too_much(middle) else (low, middle)
+        within = [preference for preference in seen if seen[preference] <= target.share]
+        return max(within, key=seen.__getitem__) if within else min(seen, key=seen.__getitem__)
 
-    def _clusters(self, weights: Weights, groups: Groups) -> dict[str, "Clusters"]:
+    def _distances(self, weights: Weights, groups: Groups) -> Distances:
         found = {}
         for group in groups.prunable:
             made_by = producers(weights, groups, group)
             if made_by and (self.scope == "all" or len(made_by) == 1):
-                found[group.id] = exemplars_of(
-                    _rows(weights, group), self.preference or _PAPERS_PREFERENCE, damping=self.damping, seed=self.seed
-                )
+                found[group.id] = squared_distances(_rows(weights, group))
         return found
+
+    def _clusters(self, distances: Distances, preference: float) -> dict[str, "Clusters"]:
+        return {
+            group: exemplars_of(own, preference, damping=self.damping, seed=self.seed)
+            for group, own in distances.items()
+        }
 
 
 class Clusters(NamedTuple):
@@ -149,8 +160,12 @@ class Clusters(NamedTuple):
     converged: bool
 
 
-def exemplars_of(filters: np.ndarray, preference: float, *, damping: float = 0.5, seed: int = 0) -> Clusters:
-    """Return the clusters of filters, float [filters, weights], and their exemplars (Frey, Dueck, Science 315, 2007).
+def _counts(clusters: Mapping[str, Clusters]) -> dict[str, int]:
+    return {group: len(found.exemplars) for group, found in clusters.items()}
+
+
+def exemplars_of(distances: np.ndarray, preference: float, *, damping: float = 0.5, seed: int = 0) -> Clusters:
+    """Return clusters and their exemplars by squared distances, [filters, filters] (Frey, Dueck, Science 315, 2007).
 
     Raises:
         DeviceError: if scikit-learn is not installed.
@@ -161,7 +176,7 @@ def exemplars_of(filters: np.ndarray, preference: float, *, damping: float = 0.5
     except ImportError as error:
         message = "scikit-learn is not installed, which method 'epruner' needs; pip install 'prune2deploy[torch]'"
         raise DeviceError(message) from error
-    distances, count = squared_distances(filters), len(filters)
+    count = len(distances)
     preferences = preference * np.median(-distances, axis=0)
     for iterations, steady in _ATTEMPTS if count > 1 else ():
         propagation = AffinityPropagation(
@@ -193,9 +208,7 @@ def _score(found: Clusters) -> np.ndarray:
 
 def _rows(weights: Weights, group: Group) -> np.ndarray:
     """Return the filters of a group's channels, float64 [channels, weights]."""
-    rows = [
-        per_channel(array(weights, member.parameter), member.axis, member.indices) for member in group.of_role("filter")
-    ]
+    rows = [of_channels(weights, member) for member in group.of_role("filter")]
     if len(rows) == 1:
         return rows[0]
     return np.concatenate([part / (np.linalg.norm(part, axis=1).mean() or 1.0) for part in rows], axis=1)

@@ -1,11 +1,11 @@
-"""Scores of single filters, put together for the groups that several layers produce."""
+"""What methods measure of filters, one by one or by their distances, and which filters make a group."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from prune2deploy.groups import Group, Groups, Layer, Member
-from prune2deploy.methods.base import Weights, array, per_channel
+from prune2deploy.methods.base import Weights, array, of_channels
 
 Measure = Callable[[np.ndarray], np.ndarray]
 """From a layer's filters, float64 [channels, everything else], to one number per channel, not negative."""
@@ -24,14 +24,25 @@ def filter_scores(weights: Weights, groups: Groups, measure: Measure) -> dict[st
 
 def _score(weights: Weights, group: Group, measure: Measure) -> np.ndarray | None:
     """Return the group's scores, or None where no layer with weights produces it."""
-    found = [
-        measure(per_channel(array(weights, member.parameter), member.axis, member.indices))
-        for member in group.of_role("filter")
-    ]
+    found = [measure(of_channels(weights, member)) for member in group.of_role("filter")]
     if not found:
         return None
     shares = [values / values.mean() for values in found if values.any()]
     return np.mean(shares, axis=0) if shares else np.zeros(group.size)
+
+
+def squared_distances(filters: np.ndarray) -> np.ndarray:
+    """Return the squared Euclidean distances of rows, float64 [rows, rows]; rows are [rows, weights].
+
+    ``|a - b|^2`` is taken as ``|a|^2 - 2 a b + |b|^2``, one product of matrices. The rows are centred first, so that
+    what they have in common is not rounded away; equal rows may come out as far apart as 1e-16 of their square.
+    """
+    centred = filters - filters.mean(axis=0)
+    products = centred @ centred.T
+    squares = np.diag(products)
+    distances = np.maximum(squares[:, None] - 2 * products + squares, 0.0)
+    np.fill_diagonal(distances, 0.0)
+    return np.asarray(distances)
 
 
 def is_depthwise(weights: Weights, layer: Layer) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from prune2deploy.budget import Ranking
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups
-from prune2deploy.methods.base import Method, Needs, Range, Weights, per_channel
+from prune2deploy.methods.base import Method, Needs, Range, Weights, named, of_channels
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,13 +87,7 @@ def _gate_derivatives(loss: "Tensor", tensors: "dict[str, Tensor]", groups: Grou
         for (name, tensor), gradient in zip(tensors.items(), gradients, strict=True)
     }
     return {
-        group.id: np.sum(
-            [
-                per_channel(products[reader.parameter], reader.axis, reader.indices).sum(axis=1)
-                for reader in group.of_role("reader")
-            ],
-            axis=0,
-        )
+        group.id: np.sum([of_channels(products, reader).sum(axis=1) for reader in group.of_role("reader")], axis=0)
         for group in groups.prunable
     }
 
@@ -101,15 +95,13 @@ def _gate_derivatives(loss: "Tensor", tensors: "dict[str, Tensor]", groups: Grou
 @contextmanager
 def _differentiable(module: "nn.Module", names: Iterable[str]) -> "Iterator[dict[str, Tensor]]":
     """Let these parameters take gradients, and those that took none before take none afterwards."""
-    tensors = module.state_dict(keep_vars=True)
-    for name in names:
-        if name not in tensors:
-            raise InputError(f"the network has no weight '{name}', which its groups name; analyse this network again")
-    frozen = [tensors[name] for name in names if not tensors[name].requires_grad]
+    own = module.state_dict(keep_vars=True)
+    tensors = {name: named(own, name) for name in names}
+    frozen = [tensor for tensor in tensors.values() if not tensor.requires_grad]
     for tensor in frozen:
         tensor.requires_grad_(True)
     try:
-        yield {name: tensors[name] for name in names}
+        yield tensors
     finally:
         for tensor in frozen:
             tensor.requires_grad_(False)

@@ -11,7 +11,12 @@ from prune2deploy.budget import Target, share
 from prune2deploy.errors import DeviceError
 from prune2deploy.masks import widths
 from prune2deploy.methods import epruner
-from prune2deploy.methods.epruner import EPruner, exemplars_of
+from prune2deploy.methods.epruner import Clusters, EPruner, exemplars_of
+from prune2deploy.methods.filters import squared_distances
+
+
+def exemplars(filters: np.ndarray, preference: float) -> Clusters:
+    return exemplars_of(squared_distances(filters), preference)
 
 
 def planted(clusters: int = 12, members: int = 5, spread: float = 0.05, seed: int = 0) -> np.ndarray:
@@ -49,7 +54,7 @@ def messages(filters: np.ndarray, preference: float, iterations: int = 400, damp
 
 @pytest.mark.parametrize("preference", [0.3, 0.5, 0.73, 1.0, 1.5])
 def test_planted_clusters_have_one_exemplar_each(preference: float) -> None:
-    found = exemplars_of(planted(), preference)
+    found = exemplars(planted(), preference)
     assert found.converged
     assert sorted(exemplar // 5 for exemplar in found.exemplars.tolist()) == list(range(12))
     assert (found.of // 5 == np.arange(60) // 5).all()
@@ -59,24 +64,24 @@ def test_planted_clusters_have_one_exemplar_each(preference: float) -> None:
 def test_exemplars_are_those_of_the_message_equations(preference: float) -> None:
     random = np.random.default_rng(4)
     filters = random.standard_normal((24, 9)) * random.uniform(0.1, 2, (24, 1))
-    assert exemplars_of(filters, preference).exemplars.tolist() == messages(filters, preference)
+    assert exemplars(filters, preference).exemplars.tolist() == messages(filters, preference)
 
 
 def test_exemplars_do_not_depend_on_scale_or_a_common_shift_and_move_with_their_filters() -> None:
     random = np.random.default_rng(8)
     filters = random.standard_normal((30, 18)) * random.uniform(0.1, 2, (30, 1))
-    found = exemplars_of(filters, 0.76).exemplars.tolist()
+    found = exemplars(filters, 0.76).exemplars.tolist()
     assert 1 < len(found) < 30
-    assert exemplars_of(1000 * filters, 0.76).exemplars.tolist() == found
-    assert exemplars_of(filters + random.standard_normal(18), 0.76).exemplars.tolist() == found
+    assert exemplars(1000 * filters, 0.76).exemplars.tolist() == found
+    assert exemplars(filters + random.standard_normal(18), 0.76).exemplars.tolist() == found
     order = random.permutation(30)
-    assert sorted(order[exemplars_of(filters[order], 0.76).exemplars].tolist()) == found
+    assert sorted(order[exemplars(filters[order], 0.76).exemplars].tolist()) == found
 
 
 def test_more_preference_gives_fewer_exemplars() -> None:
     random = np.random.default_rng(2)
     filters = random.standard_normal((40, 9)) * random.uniform(0.1, 2, (40, 1))
-    counts = [len(exemplars_of(filters, preference).exemplars) for preference in (0.0, 0.5, 1.0, 4.0)]
+    counts = [len(exemplars(filters, preference).exemplars) for preference in (0.0, 0.5, 1.0, 4.0)]
     assert counts[0] == 40
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] < counts[1]
@@ -84,7 +89,7 @@ def test_more_preference_gives_fewer_exemplars() -> None:
 
 @pytest.mark.parametrize("filters", [np.ones((1, 9)), np.ones((6, 9)), np.zeros((3, 4))])
 def test_filters_that_are_alike_or_alone_are_no_obstacle(filters: np.ndarray) -> None:
-    found = exemplars_of(filters, 0.76)
+    found = exemplars(filters, 0.76)
     assert len(found.exemplars) >= 1
     assert np.isin(found.of, found.exemplars).all()
 
@@ -96,7 +101,8 @@ def test_filters_that_are_alike_or_alone_are_no_obstacle(filters: np.ndarray) ->
 def test_all_exemplars_of_the_preference_found_are_kept_and_the_rest_fills_the_budget(target: float) -> None:
     weights, groups = weights_of(randomise(Residual())), residual_groups()
     result = EPruner(scope="all").plan(weights, groups, Target("macs", target))
-    found = EPruner(scope="all", preference=result.report["preference"])._clusters(weights, groups)
+    method = EPruner(scope="all")
+    found = method._clusters(method._distances(weights, groups), result.report["preference"])
     for group, clusters in found.items():
         assert result.keep[group][clusters.exemplars].all()
         assert result.report["exemplars"][group] == len(clusters.exemplars)
@@ -117,7 +123,7 @@ def test_a_preference_that_is_given_is_the_one_that_is_used() -> None:
 def test_what_fills_a_budget_is_what_its_exemplar_represents_worst() -> None:
     filters = planted(clusters=3, members=3, spread=0.01)
     filters[4] += 0.5
-    found = exemplars_of(filters, 1.0)
+    found = exemplars(filters, 1.0)
     score = epruner._score(found)
     assert len(found.exemplars) == 3
     assert (score[found.exemplars] > 1).all()
@@ -157,8 +163,8 @@ def test_norms_behind_pruned_layers_start_anew_and_no_others() -> None:
 def test_filters_whose_messages_do_not_settle_all_stay_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, groups = weights_of(randomise(Residual())), residual_groups()
     monkeypatch.setattr(epruner, "_ATTEMPTS", ((2, 50), (3, 50)))
-    assert not exemplars_of(planted(), 1.0).converged
-    assert exemplars_of(planted(), 1.0).exemplars.tolist() == list(range(60))
+    assert not exemplars(planted(), 1.0).converged
+    assert exemplars(planted(), 1.0).exemplars.tolist() == list(range(60))
     result = EPruner().plan(weights, groups, Target("macs", 0.6))
     assert result.report["not_converged"] == ["conv1"]
     assert share(groups, "macs", widths(result.keep)) <= 0.6
@@ -167,4 +173,4 @@ def test_filters_whose_messages_do_not_settle_all_stay_and_the_report_says_so(mo
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(DeviceError, match=r"scikit-learn is not installed.*prune2deploy\[torch\]"):
-        exemplars_of(planted(), 1.0)
+        exemplars(planted(), 1.0)
