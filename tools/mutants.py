@@ -1005,9 +1005,9 @@ def spread(mutants: list[Mutant], count: int) -> list[Mutant]:
 
 def run(mutants: list[Mutant], path: Path, jobs: int, redo: bool) -> Iterator[tuple[Mutant, Outcome]]:
     """Yield every mutant's outcome, writing the document after each; survivors and misfits come again each time."""
-    known = json.loads(path.read_text()) if path.is_file() and not redo else {}
+    known = json.loads(path.read_text()) if path.is_file() else {}
     done: dict[str, dict[str, object]] = known.get("mutants", {})
-    again = [mutant for mutant in mutants if done.get(mutant.name, {}).get("status") != "killed"]
+    again = [mutant for mutant in mutants if redo or done.get(mutant.name, {}).get("status") != "killed"]
     already = baseline() if again else []
     with ThreadPoolExecutor(jobs) as pool:
         for mutant, found in zip(again, pool.map(lambda mutant: outcome(mutant, already), again), strict=True):
@@ -1023,7 +1023,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose name or file contains this")
     parser.add_argument("--sample", type=int, help="about so many of them, from all files")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--redo", action="store_true", help="forget what is known")
+    parser.add_argument("--redo", action="store_true", help="run those too that are known to be killed")
     parser.add_argument("--check", action="store_true", help="only see whether every patch fits its file")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     given = parser.parse_args()
