@@ -92,6 +92,60 @@ class MaskKeeper:
                 torch._foreach_add_(self._tensors, 0.0)  # a negative weight became -0.0; adding 0 makes it 0.0
 
 
+class MergeKeeper:
+    """Keeps merged channels exact copies of one another while a network trains.
+
+    Make it when the module is where it will train, and call its two methods in every step.
+
+    Args:
+        module: the network.
+        groups: its groups.
+        merges: `methods.base.PruneResult.merges`.
+
+    Raises:
+        InputError: if merges and groups do not fit each other or the module.
+    """
+
+    def __init__(self, module: "nn.Module", groups: Groups, merges: Mapping[str, np.ndarray]) -> None:
+        import torch
+
+        tensors = module.state_dict(keep_vars=True)
+        sources: dict[tuple[str, int], np.ndarray] = {}
+        for name, kept in merges.items():
+            for member in groups[name].of_role(*COPIED_ROLES):
+                tensor = _tensor(tensors, member.parameter, member.axis, member.indices)
+                key = (member.parameter, member.axis)
+                source = sources.setdefault(key, np.arange(tensor.shape[member.axis]))
+                source[member.indices] = member.indices[kept]
+        self._parts = [
+            (tensors[name], axis, torch.from_numpy(source).to(tensors[name].device))
+            for (name, axis), source in sources.items()
+        ]
+
+    def after_backward(self) -> None:
+        """Give the copies of a channel the mean of their gradients."""
+        import torch
+
+        for tensor, axis, source in self._parts:
+            if tensor.grad is not None:
+                sums = torch.zeros_like(tensor.grad).index_add_(axis, source, tensor.grad)
+                counts = torch.bincount(source, minlength=len(source)).to(sums.dtype)
+                shape = [-1 if place == axis else 1 for place in range(sums.ndim)]
+                tensor.grad = (sums / counts.clamp(min=1).view(shape)).index_select(axis, source)
+
+    def after_step(self) -> None:
+        """Copy every kept channel onto its copies, statistics of norms included."""
+        import torch
+
+        with torch.no_grad():
+            for tensor, axis, source in self._parts:
+                tensor.copy_(tensor.index_select(axis, source))
+
+
+COPIED_ROLES = ("filter", "bias", "scale", "shift", "mean", "var")
+"""The roles in which merged channels are equal: all that makes or carries a channel."""
+
+
 def fold_offsets(module: "nn.Module", groups: Groups, masks: Masks, offsets: Mapping[str, np.ndarray]) -> list[str]:
     """Give the readers of removed channels constants in their place, in place; return the readers that have none.
 

@@ -8,7 +8,7 @@ grow, so a refused step stays refused, and at the end no group can take one more
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -70,6 +70,79 @@ class Target:
             return Target(kind, float(share))  # type: ignore[arg-type]  # __post_init__ checks it
         except ValueError:
             raise InputError(f"target '{text}' cannot be read; write it as macs=0.5 or params=0.5") from None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pruned network may keep.
+
+    Attributes:
+        target: met from below, within one step; None where ``widths`` are given.
+        round_to: every tensor's width becomes a multiple of this, or stays full.
+        floors: group id -> smallest width.
+        min_keep: smallest width of every group.
+        ranking: how groups compete; None leaves it to the method.
+        widths: group id -> exactly how many channels stay, in place of a target; groups that are not named stay whole.
+    """
+
+    target: Target | None
+    round_to: int = 1
+    floors: Mapping[str, int] = field(default_factory=dict)
+    min_keep: int = 1
+    ranking: Ranking | None = None
+    widths: Mapping[str, int] | None = None
+
+    def __str__(self) -> str:
+        return "given widths" if self.target is None else str(self.target)
+
+    def masks(self, scores: Scores, groups: Groups, ranking: Ranking = "uniform") -> dict[str, np.ndarray]:
+        """Return masks for every group that keep the best channels; ``ranking`` holds where the budget has none.
+
+        Raises:
+            InputError: if the target cannot be reached, or the widths do not fit the groups.
+        """
+        if self.widths is not None:
+            sizes = groups.full_widths()
+            narrow = {group: width for group, width in self.exact_widths(groups).items() if width < sizes[group]}
+            keep = choose_masks({group: _checked(scores, group, sizes[group]) for group in narrow}, narrow)
+            return {group.id: keep.get(group.id, np.ones(group.size, dtype=np.bool_)) for group in groups.groups}
+        assert self.target is not None, "a budget has a target or widths"
+        return masks_to_budget(
+            scores,
+            groups,
+            self.target,
+            ranking=self.ranking or ranking,
+            round_to=self.round_to,
+            floors=self.floors,
+            min_keep=self.min_keep,
+        )
+
+    def common_widths(self, groups: Groups) -> dict[str, int]:
+        """Return the widths that methods take which are given widths: one common share, or those of the budget.
+
+        Raises:
+            InputError: if the target cannot be reached, or the widths do not fit the groups.
+        """
+        if self.widths is not None:
+            return groups.full_widths() | self.exact_widths(groups)
+        assert self.target is not None, "a budget has a target or widths"
+        return choose_widths(groups, self.target, round_to=self.round_to, floors=self.floors, min_keep=self.min_keep)
+
+    def exact_widths(self, groups: Groups) -> dict[str, int]:
+        """Return the given widths of the groups that can be pruned.
+
+        Raises:
+            InputError: if a group is not there, cannot be pruned, or is not that wide.
+        """
+        found = {}
+        for name, width in (self.widths or {}).items():
+            group = groups.by_id.get(name)
+            if group is None or not 1 <= width <= group.size or (width < group.size and not group.prunable):
+                reason = "is not there" if group is None else group.kept_because or f"has {group.size} channels"
+                raise InputError(f"group '{name}' cannot be given {width} channels: it {reason}; use this network's")
+            if group.prunable:
+                found[name] = width
+        return found
 
 
 def share(groups: Groups, kind: TargetKind, widths: Widths) -> float:

@@ -37,6 +37,14 @@ def load_masks(path: Path) -> dict[str, np.ndarray]:
     return masks
 
 
+def save_merges(merges: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write which kept channel each channel of a merged group copies, as safetensors; none leaves no file."""
+    if merges:
+        write_bytes(path, save({name: np.ascontiguousarray(of, dtype=np.int64) for name, of in merges.items()}))
+    else:
+        path.unlink(missing_ok=True)
+
+
 def widths(masks: Masks) -> dict[str, int]:
     """Return how many channels each group keeps."""
     return {name: int(mask.sum()) for name, mask in masks.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prune2deploy.budget import Target, protect
+from prune2deploy.budget import Budget, Target
 from prune2deploy.environment import environment
 from prune2deploy.errors import DeviceError, InputError, StrictError, one_line
-from prune2deploy.files import read_json, require_file, sha256, write_bytes, write_json
+from prune2deploy.files import read_json, require_file, sha256, write_json
 from prune2deploy.groups import Groups
-from prune2deploy.masks import Masks, load_masks, save_masks, widths
-from prune2deploy.recipe import Recipe, load_recipe, save_recipe
+from prune2deploy.masks import Masks, load_masks, widths
+from prune2deploy.recipe import Recipe, load_recipe
 from prune2deploy.report import read_report, update_section, write_samples
 from prune2deploy.slim import Note, slim_file
 
@@ -27,10 +26,9 @@ if TYPE_CHECKING:
     import onnx
 
     from prune2deploy.backends.tensorrt import BuildReport
-    from prune2deploy.data import Batches, Data
+    from prune2deploy.data import Data
     from prune2deploy.graph.rewrite import Slimmed
     from prune2deploy.latency import Comparison
-    from prune2deploy.methods.base import PruneResult
     from prune2deploy.networks import Network
 
 VERIFY_SAMPLES = 8
@@ -41,7 +39,7 @@ def silent(_: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Loaded:
     """A recipe with its network, weights and data loaded."""
 
     recipe: Recipe
@@ -73,7 +71,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def load_task(recipe: Recipe, weights: Path | None = None) -> Task:
+def load_task(recipe: Recipe, weights: Path | None = None) -> Loaded:
     """Return the recipe's network and data, with the recipe's weights or those in ``weights``.
 
     Raises:
@@ -100,7 +98,7 @@ def load_task(recipe: Recipe, weights: Path | None = None) -> Task:
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != data.in_channels:
             raise InputError(f"--{name} has {len(values)} values, but the images have {data.in_channels} channels")
-    return Task(recipe, network, data, tuple(mean), tuple(std))
+    return Loaded(recipe, network, data, tuple(mean), tuple(std))
 
 
 def _use_threads(recipe: Recipe) -> None:
@@ -138,55 +136,21 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
         from prune2deploy.prune_onnx import prune_onnx
 
         prune_onnx(recipe, run, note=note)
-        return
-    from prune2deploy.export import export_network
-    from prune2deploy.graph.groups import find_groups
-    from prune2deploy.methods import load_method
+    else:
+        from prune2deploy.prune_network import prune_network
 
-    _require_no_samples(recipe)
-    method = load_method(recipe.method, **recipe.method_options)
-    target = Target.parse(recipe.target)
-    note("loading the network and the data")
-    task = load_task(recipe)
-    module = task.network.module
-    with locked(run):
-        seconds: dict[str, float] = {}
-        with timed(seconds, "export"):
-            note("finding the groups in the exported graph")
-            analysis = export_network(module, task.network.example_inputs, fuse=False)
-            serialized = analysis.model.SerializeToString(deterministic=True)
-            groups = protect(find_groups(analysis.model), recipe.keep)
-        weights = _arrays(task)
-        dense = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        with timed(seconds, "selection"):
-            note(f"choosing channels by {recipe.method}")
-            state = method.prepare(module.to(recipe.device), groups, _labelled(task)) if method.needs.data else None
-            result = method.plan(weights, groups, target, round_to=recipe.round_to, state=state)
-        outcome = _train(task, groups, result, note, on_progress)
-        if method.needs_finetuning and not recipe.finetune.epochs:
-            why = method.needs_finetuning
-            outcome["warnings"].append(f"'{recipe.method}' {why}: of no use before --finetune-epochs")
-        forget_later_steps(run)
-        write_bytes(run / "analysis.onnx", serialized)
-        write_json(run / "source_map.json", analysis.source_map)
-        groups.save(run / "groups.json")
-        save_masks(result.keep, run / "masks.safetensors")
-        if outcome["history"]:
-            _write_log(run, outcome["history"])
-        _save_weights(task, run / "weights.safetensors")
-        module.load_state_dict(dense)
-        _save_weights(task, run / "dense.safetensors")
-        save_recipe(recipe, run / "recipe.toml")
-        section = prune_section(recipe, groups, result.keep, target) | outcome
-        section["seconds"] = seconds | outcome["seconds"]
-        section["method_report"] = result.report
-        update_section(run, "prune", section)
-        update_section(run, "environment", environment())
+        prune_network(recipe, run, note=note, on_progress=on_progress)
 
 
-def _require_no_samples(recipe: Recipe) -> None:
-    if recipe.samples is not None:
-        raise InputError(f"--samples is for ONNX files; give the images of '{recipe.network}' with --data")
+def budget_of(recipe: Recipe) -> Budget:
+    """Return the recipe's budget: its target, or the widths of the run that it names.
+
+    Raises:
+        InputError: if the target cannot be read, or the other run cannot.
+    """
+    if recipe.widths_of is None:
+        return Budget(Target.parse(recipe.target), recipe.round_to, recipe.floors, ranking=recipe.ranking)
+    return Budget(None, widths=widths(load_masks(Path(recipe.widths_of) / "masks.safetensors")))
 
 
 @contextmanager
@@ -195,26 +159,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 3)
-
-
-PREPARE_BATCH = 64
-"""Images at a time for methods that choose by data."""
-
-
-def _labelled(task: Task) -> Batches:
-    """Return the training images for a method that chooses by data, neither shifted nor mirrored."""
-    from prune2deploy.data import Batches
-
-    recipe = task.recipe
-    return Batches(
-        task.data.train, task.mean, task.std, batch_size=PREPARE_BATCH, seed=recipe.seed, device=recipe.device
-    )
-
-
-def _arrays(task: Task) -> dict[str, np.ndarray]:
-    from prune2deploy.apply import weights_of
-
-    return weights_of(task.network.module)
 
 
 LATER = ("log.jsonl", "dense.onnx", "masked.onnx", "slim.onnx", "slim.json", "report.html", "report.json")
@@ -228,85 +172,7 @@ def forget_later_steps(run: Path) -> None:
         path.unlink()
 
 
-def _train(
-    task: Task,
-    groups: Groups,
-    planned: PruneResult,
-    note: Note,
-    on_progress: Callable[[Any], None] | None,
-) -> dict[str, Any]:
-    """Mask the network in place and fine-tune it; return accuracies, history, times and warnings."""
-    from prune2deploy.apply import MaskKeeper, apply_masks, fold_offsets, set_weights
-    from prune2deploy.train import finetune, recalibrate
-
-    recipe, module, masks = task.recipe, task.network.module.to(task.recipe.device), planned.keep
-    seconds: dict[str, float] = {}
-    accuracy: dict[str, Any] = {"dense": _accuracy(task, "dense", note, seconds), "finetuned": None}
-    set_weights(module, planned.weights)
-    skipped = fold_offsets(module, groups, masks, planned.offsets) if planned.offsets else []
-    apply_masks(module, groups, masks)
-    if recipe.recalibrate:
-        note("measuring the norms' statistics anew")
-        recalibrate(module, task.data.train, task.mean, task.std, seed=recipe.seed, device=recipe.device)
-    accuracy["pruned"] = _accuracy(task, "pruned", note, seconds)
-    history: list[dict[str, Any]] = []
-    if recipe.finetune.epochs:
-        note("fine-tuning")
-        with timed(seconds, "finetune"):
-            results = finetune(
-                module,
-                task.data,
-                epochs=recipe.finetune.epochs,
-                mean=task.mean,
-                std=task.std,
-                lr=recipe.finetune.learning_rate,
-                weight_decay=recipe.finetune.weight_decay,
-                batch_size=recipe.finetune.batch_size,
-                precision=recipe.finetune.precision,
-                seed=recipe.seed,
-                device=recipe.device,
-                after_step=MaskKeeper(module, groups, masks),
-                on_progress=on_progress,
-            )
-        history = [
-            {"epoch": one.epoch, "loss": one.loss, "holdout_top1": one.holdout.top1, "seconds": one.seconds}
-            for one in results
-        ]
-        accuracy["finetuned"] = _accuracy(task, "finetuned", note, seconds)
-    module.to("cpu")
-    warnings = list(skipped)
-    if recipe.weights is None and ".py:" not in recipe.network:
-        warnings.append(f"no --weights: '{recipe.network}' is untrained, so its accuracy says nothing")
-    return {"accuracy": accuracy, "history": history, "seconds": seconds, "warnings": warnings}
-
-
-def _accuracy(task: Task, name: str, note: Note, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the test accuracy: final figures only; choices use the held-out split."""
-    from prune2deploy.train import evaluate
-
-    note(f"measuring the accuracy ({name})")
-    with timed(seconds, f"accuracy_{name}"):
-        found = evaluate(task.network.module, task.data.test, task.mean, task.std, device=task.recipe.device)
-    return {"top1": found.top1, "images": found.images, "loss": found.loss}
-
-
-def _write_log(run: Path, history: list[dict[str, Any]]) -> None:
-    write_bytes(run / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in history).encode())
-
-
-def _save_weights(task: Task, path: Path) -> None:
-    from prune2deploy.networks import save_weights
-
-    metadata = {
-        "network": task.recipe.network,
-        "method": task.recipe.method,
-        "mean": json.dumps(task.mean),
-        "std": json.dumps(task.std),
-    }
-    save_weights(task.network.module, path, metadata)
-
-
-def prune_section(recipe: Recipe, groups: Groups, masks: Masks, target: Target) -> dict[str, Any]:
+def prune_section(recipe: Recipe, groups: Groups, masks: Masks, budget: Budget) -> dict[str, Any]:
     """Return the report's section ``prune``, without what only training can tell."""
     full, kept = groups.full_widths(), widths(masks)
     costs = {
@@ -334,7 +200,7 @@ def prune_section(recipe: Recipe, groups: Groups, masks: Masks, target: Target) 
         "data": recipe.data,
         "method": recipe.method,
         "method_options": recipe.method_options,
-        "target": {"kind": target.kind, "share": target.share},
+        "target": None if budget.target is None else {"kind": budget.target.kind, "share": budget.target.share},
         "round_to": recipe.round_to,
         "seed": recipe.seed,
         "finetune_epochs": recipe.finetune.epochs,
@@ -357,6 +223,7 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
     """
     from prune2deploy.export import export_network, require_agreement
     from prune2deploy.graph.model import save_model
+    from prune2deploy.methods import load_method
     from prune2deploy.networks import load_weights
 
     recipe = load_run(run)
@@ -366,12 +233,15 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
         return slim_again(run, recipe, note=note)
     with locked(run):
         note("loading the run")
-        task = load_task(recipe, run / "weights.safetensors")
+        task = load_task(recipe, run / "dense.safetensors")
         module = task.network.module
         agreement: dict[str, float] = {}
-        for name, weights in (("dense", "dense"), ("masked", "weights")):
+        for name in ("dense", "masked"):
             note(f"exporting {name}.onnx")
-            load_weights(module, run / f"{weights}.safetensors")
+            if name == "masked":
+                method = load_method(recipe.method, **recipe.method_options)
+                method.rebuild(module, Groups.load(run / "groups.json"))
+                load_weights(module, run / "weights.safetensors")
             exported = export_network(module, task.network.example_inputs, fuse=True)
             save_model(normal_form(exported.model), run / f"{name}.onnx")
             agreement[name] = require_agreement(module, run / f"{name}.onnx", task.network.example_inputs)
@@ -400,7 +270,7 @@ def load_run(run: Path) -> Recipe:
     return load_recipe(run / "recipe.toml")
 
 
-def real_samples(task: Task) -> dict[str, np.ndarray]:
+def real_samples(task: Loaded) -> dict[str, np.ndarray]:
     """Return a few normalised held-out images by input name."""
     import torch
 

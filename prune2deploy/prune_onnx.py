@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prune2deploy import pipeline
-from prune2deploy.budget import Target, protect
+from prune2deploy.budget import Budget, protect
 from prune2deploy.environment import environment
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import require_file, sha256
 from prune2deploy.groups import Groups
 from prune2deploy.masks import save_masks
-from prune2deploy.methods import load_method
+from prune2deploy.methods import METHODS, load_method
 from prune2deploy.methods.base import Method
 from prune2deploy.pipeline import silent
 from prune2deploy.recipe import Recipe, save_recipe
@@ -62,7 +62,7 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
     from prune2deploy.graph.recalibrate import norms_of
 
     source = Path(recipe.network)
-    method, target = load_method(recipe.method, **recipe.method_options), Target.parse(recipe.target)
+    method, budget = load_method(recipe.method, **recipe.method_options), pipeline.budget_of(recipe)
     _require_possible(recipe, method, run)
     note("reading the file")
     dense = pipeline.normal_form(load_model(source))
@@ -76,15 +76,15 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
         with pipeline.timed(seconds, "groups"):
             note("finding the groups")
             groups = _groups(dense, recipe, inputs)
-        _require_costs(groups, target, source)
+        _require_costs(groups, budget, source)
         with pipeline.timed(seconds, "selection"):
             note(f"choosing channels by {recipe.method}")
-            result = method.plan(masking.weights_of(dense), groups, target, round_to=recipe.round_to)
+            result = method.plan(masking.weights_of(dense), groups, budget)
         masked = copy_of(dense)
         masking.set_weights(masked, result.weights)
         warnings = masking.fold_offsets(masked, groups, result.keep, result.offsets) if result.offsets else []
         masking.apply_masks(masked, groups, result.keep)
-        section = pipeline.prune_section(recipe, groups, result.keep, target) | _circumstances(recipe, source)
+        section = pipeline.prune_section(recipe, groups, result.keep, budget) | _circumstances(recipe, source)
         if recipe.recalibrate:
             with pipeline.timed(seconds, "recalibration"):
                 section["recalibrated_norms"] = _recalibrate(masked, samples, note)
@@ -124,10 +124,17 @@ def _require_possible(recipe: Recipe, method: Method, run: Path) -> None:
         raise InputError(f"--weights is for torch networks; '{source}' has its own weights")
     if recipe.finetune.epochs:
         raise InputError(f"'{source}' is an ONNX file, which cannot be fine-tuned; leave --finetune-epochs out")
-    if method.needs.data or method.needs.labels or method.needs.trains_weights:
+    needs = method.needs
+    if needs.data or needs.labels or needs.trains_weights or method.phases:
+        others = [
+            name for name, info in METHODS.items() if info.weights_alone and not load_method(name).needs_finetuning
+        ]
         raise InputError(
-            f"method '{recipe.method}' needs the torch network, but '{source}' is an ONNX file; use l1, l2, fpgm or bn"
+            f"method '{recipe.method}' needs the torch network, but '{source}' is an ONNX file; "
+            f"use {', '.join(others[:-1])} or {others[-1]}"
         )
+    if recipe.from_scratch:
+        raise InputError(f"'{source}' is an ONNX file, which cannot be trained from scratch; leave --from-scratch out")
     if method.needs_finetuning:
         raise InputError(
             f"method '{recipe.method}' {method.needs_finetuning}, which only training mends, but '{source}' is an "
@@ -172,11 +179,11 @@ def _infer_outputs(model: onnx.ModelProto) -> None:
         model.graph.output.extend(inferred.graph.output)
 
 
-def _require_costs(groups: Groups, target: Target, source: Path) -> None:
+def _require_costs(groups: Groups, budget: Budget, source: Path) -> None:
     """Refuse a target in MACs where those of a layer are not known before run time."""
     counted = {term.layer for term in groups.cost.macs_terms}
     unknown = [layer.name for layer in groups.layers if layer.epsilon is None and layer.name not in counted]
-    if target.kind == "macs" and unknown:
+    if budget.target is not None and budget.target.kind == "macs" and unknown:
         raise InputError(
             f"the MACs of '{unknown[0]}' in '{source}' are not known: its sizes are dynamic; give the shape of one "
             "sample, as --input input:3,224,224, or --target params=SHARE"

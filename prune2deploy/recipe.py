@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import require_file, write_bytes
 
-PATH_FIELDS = ("weights", "samples")
+PATH_FIELDS = ("weights", "samples", "widths_of")
 SPEC_FIELDS = ("network", "data")
 """Fields like ``kind:PATH``, ``PATH.py:factory`` or ``PATH.onnx``, whose paths are taken from the recipe's folder."""
 
@@ -57,6 +57,10 @@ class Recipe(Strict):
     method: str = "l1"
     method_options: dict[str, Any] = Field(default_factory=dict)
     target: str = "macs=0.5"
+    widths_of: str | None = None
+    ranking: Literal["uniform", "global"] | None = None
+    floors: dict[str, Whole] = Field(default_factory=dict)
+    from_scratch: Switch = False
     round_to: Whole = Field(default=1, ge=1)
     keep: tuple[str, ...] = ()
     recalibrate: Switch = False

@@ -306,7 +306,7 @@ def small_weights(folder: Path) -> Path:
     from prune2deploy.networks import load_network, save_weights
 
     network = load_network(small_network(folder), num_classes=10, input_shape=(1, 8, 8))
-    save_weights(network.module, folder / "weights.safetensors")
+    save_weights(network.module.state_dict(), folder / "weights.safetensors")
     return folder / "weights.safetensors"
 
 

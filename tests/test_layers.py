@@ -61,7 +61,7 @@ TABLE = {
     ),
     # scores and budgets are functions of arrays, so the torch column and an ONNX file share them
     "budget": Row(BASE, names("numpy scipy")),
-    "methods": Row((*BASE, "budget", "methods"), names("numpy scipy"), names("torch sklearn"), ("train",)),
+    "methods": Row((*BASE, "budget", "methods"), names("numpy scipy"), names("torch sklearn"), ("train", "apply")),
     # the ONNX column
     "graph": Row((*BASE, "graph"), names("numpy scipy onnx onnx_graphsurgeon ml_dtypes google"), names("onnxruntime")),
     # the device column
@@ -77,6 +77,7 @@ TABLE = {
     # one file slimmed, and what joins the columns
     "slim": Row((*BASE, "graph"), names("numpy"), names("onnx"), ("graph",)),
     "pipeline": Row(ANY, names("numpy"), names("numpy scipy torch onnx onnx_graphsurgeon onnxruntime")),
+    "prune_network": Row(ANY, names("numpy"), names("torch")),
     "prune_onnx": Row(ANY, names("numpy"), names("torch onnx")),
     "pruner": Row(ANY, names("numpy torch")),
     "cli": Row(("__init__", "errors"), names("typer rich"), names("click"), ANY),

@@ -18,7 +18,7 @@ from command_line import ENVIRONMENT, done, p2d, refused, small_network, write_s
 from onnx import numpy_helper
 
 from prune2deploy.apply import apply_masks, weights_of
-from prune2deploy.budget import Target
+from prune2deploy.budget import Budget, Target
 from prune2deploy.data import load_data, normalise
 from prune2deploy.export import export_network
 from prune2deploy.graph.groups import find_groups
@@ -403,7 +403,7 @@ def test_every_builtin_network_slims_to_exactly_what_was_promised(name: str) -> 
     shape = (channels, min(height, 64), min(width, 64))  # widths, not sizes of images, are what is tested
     network = load_network(name, num_classes=info.num_classes, input_shape=shape)
     groups = find_groups(export_network(network.module, network.example_inputs, fuse=False).model)
-    masks = load_method("random").plan(weights_of(network.module), groups, Target("macs", 0.5)).keep
+    masks = load_method("random").plan(weights_of(network.module), groups, Budget(Target("macs", 0.5))).keep
     apply_masks(network.module, groups, masks)
     masked = normal_form(export_network(network.module, network.example_inputs, fuse=True).model)
     slimmed = remove_dead_channels(masked)

@@ -16,46 +16,78 @@ Status = Literal["published", "reconstructed", "control"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One line of the table: where a method is, and what a user chooses by."""
+    """One line of the table: where a method is, and what a user chooses by.
+
+    Attributes:
+        target: ``module:class``.
+        summary: how it chooses, and whose it is.
+        needs: what it cannot do without.
+        status: see `Status`.
+        yields: what comes out beside masks, or instead.
+        source: what was read, and what is reconstructed.
+    """
 
     target: str
     summary: str
     needs: Needs
     status: Status
+    source: str
+    yields: str = "masks"
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether it is a function of the weights, which an ONNX file has as well."""
+        return not (self.needs.data or self.needs.labels or self.needs.trains_weights) and self.status != "control"
 
 
 METHODS: Mapping[str, MethodInfo] = {
     "l1": MethodInfo(
-        "prune2deploy.methods.l1:L1", "sum of a filter's absolute weights (Li et al., ICLR 2017)", Needs(), "published"
+        "prune2deploy.methods.l1:L1",
+        "sum of a filter's absolute weights (Li et al., ICLR 2017)",
+        Needs(),
+        "published",
+        "the formula is common knowledge; joining the layers of a group is ours",
     ),
     "l2": MethodInfo(
-        "prune2deploy.methods.l2:L2", "Euclidean norm of a filter (He et al., IJCAI 2018)", Needs(), "published"
+        "prune2deploy.methods.l2:L2",
+        "Euclidean norm of a filter (He et al., IJCAI 2018)",
+        Needs(),
+        "published",
+        "the formula is common knowledge; joining the layers of a group is ours",
     ),
     "fpgm": MethodInfo(
         "prune2deploy.methods.fpgm:FPGM",
         "sum of a filter's distances to its layer's others (He et al., CVPR 2019)",
         Needs(),
         "published",
+        "the formula is common knowledge; joining the layers of a group is ours",
     ),
     "bn": MethodInfo(
         "prune2deploy.methods.bn:BN",
         "expected activation by the norms' scale and shift (Oh et al., WACV 2022)",
         Needs(norms=True),
         "reconstructed",
+        "read: the abstract; reconstructed: which moment is the score; ours: the scores x_next, and the mean fold",
+        "masks, means of removed channels",
     ),
     "epruner": MethodInfo(
         "prune2deploy.methods.epruner:EPruner",
         "exemplars that affinity propagation finds among filters (Lin et al., TNNLS 2022)",
         Needs(pretrained=True),
         "published",
+        "read: the authors' code; ours: the search of the preference, filling to the target, scope=all",
+        "masks, norms that start anew",
     ),
     "taylor": MethodInfo(
         "prune2deploy.methods.taylor:Taylor",
         "squared derivative of the loss by a gate on the channel (Molchanov et al., CVPR 2019)",
         Needs(data=True, labels=True, pretrained=True),
         "published",
+        "the formula is common knowledge; putting the gate in front of the readers is ours",
     ),
-    "random": MethodInfo("prune2deploy.methods.random:Random", "seeded random scores", Needs(), "control"),
+    "random": MethodInfo(
+        "prune2deploy.methods.random:Random", "seeded random scores", Needs(), "control", "nothing to read"
+    ),
 }
 
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, ge
 
 import numpy as np
 
-from prune2deploy.budget import Ranking, Target, masks_to_budget, share
+from prune2deploy.budget import Budget, Ranking, share
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups, Member
 from prune2deploy.masks import widths
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from prune2deploy.train import Task
 
 T = TypeVar("T")
 Weights = Mapping[str, np.ndarray]
@@ -38,6 +40,8 @@ class PruneResult:
 
     Attributes:
         keep: for every group, bool [channels]; True keeps.
+        merges: group id -> int64 [channels]: the kept channel that each is a copy of (`keep` is where it is itself).
+            The channels of these groups are not silenced: ``weights`` holds exact copies, which slimming finds.
         offsets: group id -> float64 [channels]: how much more than the masked network a removed channel's readers
             should see, on average; absent is nothing. (Masked, they see f(0) of the activations on the way.)
         weights: parameter or buffer name -> the array that replaces the whole of it, before anything is masked.
@@ -45,9 +49,46 @@ class PruneResult:
     """
 
     keep: dict[str, np.ndarray]
+    merges: dict[str, np.ndarray] = field(default_factory=dict)
     offsets: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def silent(self) -> dict[str, np.ndarray]:
+        """The masks that silence: ``keep``, but for merged groups, whose channels all stay in the masked network."""
+        return {group: mask | (group in self.merges) for group, mask in self.keep.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a method may look at beside weights and groups, each of it only where there is some.
+
+    Attributes:
+        module: the network that has the weights, on the device of the images. It is not to be changed: copy it.
+        images: batches of normalised training images [B, C, H, W] with labels int64 [B]; can be gone through again and
+            again, and gives the same every time.
+        holdout: batches of held-out images, for choices that must not be made on what was trained on.
+        state: what `Method.prepare` or `Method.fit` returned.
+    """
+
+    module: "nn.Module | None" = None
+    images: Iterable[Any] | None = None
+    holdout: Iterable[Any] | None = None
+    state: Any = None
+
+    def network(self, method: str) -> "tuple[nn.Module, Iterable[Any]]":
+        """Return the network and its images.
+
+        Raises:
+            InputError: if there is none of either, in the name of the method that needs them.
+        """
+        if self.module is None or self.images is None:
+            raise InputError(f"method '{method}' needs images, and a network that runs on them; give --data")
+        return self.module, self.images
+
+
+NO_CONTEXT = Context()
 
 
 @dataclass(frozen=True)
@@ -68,8 +109,8 @@ class TrainingHooks:
     ``after_step``. A method is frozen, so what changes while it trains is the ``state`` that ``prepare`` returned.
     """
 
-    def prepare(self, module: "nn.Module", groups: Groups, data: Iterable[Any] | None = None) -> Any:
-        """Return the state that the other hooks and ``scores`` get; may change the module in place."""
+    def prepare(self, module: "nn.Module", groups: Groups, budget: Budget) -> Any:
+        """Return the state that the other hooks and `Context` get; may change the module in place."""
         return None
 
     def penalty(self, state: Any) -> "Tensor | float":
@@ -85,6 +126,29 @@ class TrainingHooks:
     def epoch_end(self, state: Any, epoch: int) -> None:
         """Take note that ``epoch`` (counted from 0) is over."""
 
+    def training(self, state: Any) -> dict[str, Any]:
+        """Return how the method trains: arguments of `train.Task.train`, ``epochs`` among them."""
+        return {}
+
+    def fit(self, module: "nn.Module", groups: Groups, budget: Budget, task: "Task") -> Any:
+        """Train the network in place as the method does, with the shared trainer, and return the state.
+
+        A method with phases of its own has another ``fit``, and says so by ``phases``.
+
+        Raises:
+            InputError: if the network or the budget does not suit the method, or training diverges.
+        """
+        state = self.prepare(module, groups, budget)
+        task.train(
+            module,
+            penalty=lambda: self.penalty(state),
+            after_backward=lambda: self.after_backward(state),
+            after_step=lambda: self.after_step(state),
+            after_epoch=lambda result: self.epoch_end(state, result.epoch - 1),
+            **self.training(state),
+        )
+        return state
+
 
 class Method(TrainingHooks, ABC):
     """A pruning method; a subclass is a final frozen dataclass of its own hyper-parameters.
@@ -95,6 +159,10 @@ class Method(TrainingHooks, ABC):
 
     needs: ClassVar[Needs]
     ranking: ClassVar[Ranking] = "uniform"
+    phases: ClassVar[bool] = False
+    """Whether its training has phases of its own, so that it cannot be part of somebody's training loop."""
+    adds_modules: ClassVar[bool] = False
+    """Whether what it adds to the network stays in it; then `rebuild` adds it to a new one."""
 
     @property
     def needs_finetuning(self) -> str | None:
@@ -110,12 +178,14 @@ class Method(TrainingHooks, ABC):
                 allowed = _allowed(hints[option.name])
                 raise InputError(f"method '{name}': option '{option.name}' cannot be {value!r}; it is {allowed}")
 
+    def rebuild(self, module: "nn.Module", groups: Groups) -> None:
+        """Add to a network, in place, what the method leaves in it, so that trained weights can be loaded."""
+
     @abstractmethod
-    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+    def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:
         """Return group id -> float64 [channels], higher keeps, for the prunable groups that it can score.
 
-        A group that is left out is kept whole. ``state`` is what ``prepare`` returned; scores that need no data
-        need no state either.
+        A group that is left out is kept whole. Scores that need neither data nor training need no context.
 
         Raises:
             InputError: if the network is not one that the method can score.
@@ -129,38 +199,35 @@ class Method(TrainingHooks, ABC):
         """Return `PruneResult.weights` for these masks; none by default."""
         return {}
 
-    def plan(
-        self,
-        weights: Weights,
-        groups: Groups,
-        target: Target,
-        *,
-        ranking: Ranking | None = None,
-        round_to: int = 1,
-        floors: Mapping[str, int] | None = None,
-        min_keep: int = 1,
-        state: Any = None,
-    ) -> PruneResult:
-        """Return the masks that keep the best channels within the target; the arguments are `masks_to_budget`'s.
+    def plan(self, weights: Weights, groups: Groups, budget: Budget, context: Context = NO_CONTEXT) -> PruneResult:
+        """Return the masks that keep the best channels within the budget, and what goes with them.
 
         Raises:
             InputError: if the network cannot be scored or the target cannot be reached.
         """
-        scores = self.scores(weights, groups, state)
-        ranking = ranking or self.ranking
-        keep = masks_to_budget(
-            scores, groups, target, ranking=ranking, round_to=round_to, floors=floors, min_keep=min_keep
-        )
-        kept = widths(keep)
-        report = {
-            "target": str(target),
-            "ranking": ranking,
-            "round_to": round_to,
-            "widths": kept,
-            "share": {"macs": share(groups, "macs", kept), "params": share(groups, "params", kept)},
+        scores = self.scores(weights, groups, context)
+        keep = budget.masks(scores, groups, self.ranking)
+        report = plan_report(groups, budget, keep) | {
+            "ranking": budget.ranking or self.ranking,
             "not_scored": [group.id for group in groups.prunable if group.id not in scores],
         }
-        return PruneResult(keep, self.offsets(weights, groups, keep), self.new_weights(weights, groups, keep), report)
+        return PruneResult(
+            keep,
+            offsets=self.offsets(weights, groups, keep),
+            weights=self.new_weights(weights, groups, keep),
+            report=report,
+        )
+
+
+def plan_report(groups: Groups, budget: Budget, keep: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return what every plan reports: the budget, and the widths and shares that the masks have."""
+    kept = widths(keep)
+    return {
+        "target": str(budget),
+        "round_to": budget.round_to,
+        "widths": kept,
+        "share": {"macs": share(groups, "macs", kept), "params": share(groups, "params", kept)},
+    }
 
 
 def describe_options(method: type[Method]) -> dict[str, str]:

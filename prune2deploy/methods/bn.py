@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 from scipy.special import erf, log1p, ndtr
 
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Group, Groups
-from prune2deploy.methods.base import Method, Needs, Weights, of_channels
+from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, Weights, of_channels
 from prune2deploy.methods.filters import is_depthwise
 
 _POINT_MASS = 1e-12
@@ -44,7 +44,7 @@ class BN(Method):
     score: Literal["mean", "rms", "std", "rms_x_next", "std_x_next"] = "mean"
     mean_fold: bool = False
 
-    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+    def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:
         """Return group id -> float64 [channels] for the groups that have norms; a function of the weights alone.
 
         Raises:

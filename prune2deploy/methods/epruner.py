@@ -3,14 +3,24 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, final
+from typing import Annotated, ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 
-from prune2deploy.budget import Ranking, Target, share
+from prune2deploy.budget import Budget, Ranking, share
 from prune2deploy.errors import DeviceError
 from prune2deploy.groups import Group, Groups
-from prune2deploy.methods.base import Method, Needs, PruneResult, Range, Weights, named, of_channels
+from prune2deploy.methods.base import (
+    NO_CONTEXT,
+    Context,
+    Method,
+    Needs,
+    PruneResult,
+    Range,
+    Weights,
+    named,
+    of_channels,
+)
 from prune2deploy.methods.filters import producers, squared_distances
 
 _PAPERS_PREFERENCE = 0.76
@@ -68,26 +78,25 @@ class EPruner(Method):
         """Why the network is of no use before it was trained, if norms start anew."""
         return "starts norms anew (--option norms=keep leaves them)" if self.norms == "reset" else None
 
-    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+    def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:
         """Return group id -> float64 [channels]: above 1 for exemplars, by cluster; else how badly it is represented.
 
-        ``state`` is the clusters that `plan` found; without it they are looked for.
+        The context's state is the clusters that `plan` found; without it they are looked for.
 
         Raises:
             DeviceError: if scikit-learn is not installed.
         """
-        if state is None:
-            state = self._clusters(self._distances(weights, groups), self.preference or _PAPERS_PREFERENCE)
-        return {group: _score(found) for group, found in state.items()}
+        clusters = context.state
+        if clusters is None:
+            clusters = self._clusters(self._distances(weights, groups), self.preference or _PAPERS_PREFERENCE)
+        return {group: _score(found) for group, found in clusters.items()}
 
-    def plan(
-        self, weights: Weights, groups: Groups, target: Target, *, state: Any = None, **options: Any
-    ) -> PruneResult:
+    def plan(self, weights: Weights, groups: Groups, budget: Budget, context: Context = NO_CONTEXT) -> PruneResult:
         """Return the masks of the preference that was given or found; arguments and errors are `Method.plan`'s."""
         distances = self._distances(weights, groups)
-        preference = self.preference or self._searched(distances, groups, target)
+        preference = self.preference or self._searched(distances, groups, budget)
         clusters = self._clusters(distances, preference)
-        result = super().plan(weights, groups, target, state=clusters, **options)
+        result = super().plan(weights, groups, budget, replace(context, state=clusters))
         own = {
             "preference": preference,
             "exemplars": _counts(clusters),
@@ -108,12 +117,14 @@ class EPruner(Method):
                 np.moveaxis(values, member.axis, 0)[member.indices] = _NEW_NORM[member.role]
         return found
 
-    def _searched(self, distances: Distances, groups: Groups, target: Target) -> float:
+    def _searched(self, distances: Distances, groups: Groups, budget: Budget) -> float:
         """Return the preference whose exemplars come nearest the target from below, of those tried.
 
         More preference gives fewer exemplars, in practice but not always; so the best that was seen is taken.
         """
-        low, high = 0.0, 1.0
+        if budget.target is None:
+            return _PAPERS_PREFERENCE
+        target, low, high = budget.target, 0.0, 1.0
         seen: dict[float, float] = {}
 
         def too_much(preference: float) -> bool:

@@ -1,12 +1,12 @@
 """FPGM: how far a filter is from the others of its layer."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import numpy as np
 
 from prune2deploy.groups import Groups
-from prune2deploy.methods.base import Method, Needs, Weights
+from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, Weights
 from prune2deploy.methods.filters import filter_scores, squared_distances
 
 
@@ -22,7 +22,7 @@ class FPGM(Method):
 
     needs: ClassVar[Needs] = Needs()
 
-    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+    def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:
         """Return group id -> float64 [channels]; a function of the filters alone."""
         return filter_scores(weights, groups, distance_sums)
 

@@ -2,12 +2,12 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, final
+from typing import Annotated, ClassVar, final
 
 import numpy as np
 
 from prune2deploy.groups import Groups
-from prune2deploy.methods.base import Method, Needs, Range, Weights
+from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, Range, Weights
 
 
 @final
@@ -22,7 +22,7 @@ class Random(Method):
 
     seed: Annotated[int, Range(low=0)] = 0
 
-    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
+    def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:
         """Return group id -> float64 [channels]."""
         return {group.id: _generator(self.seed, group.id).random(group.size) for group in groups.prunable}
 

@@ -4,14 +4,13 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
+from typing import TYPE_CHECKING, Annotated, ClassVar, final
 
 import numpy as np
 
 from prune2deploy.budget import Ranking
-from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups
-from prune2deploy.methods.base import Method, Needs, Range, Weights, named, of_channels
+from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, Range, Weights, named, of_channels
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,26 +37,22 @@ class Taylor(Method):
 
     images: Annotated[int, Range(low=1)] = 1024
 
-    def prepare(self, module: "nn.Module", groups: Groups, data: Iterable[Any] | None = None) -> dict[str, np.ndarray]:
+    def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:
         """Return group id -> mean over the batches of the squared derivatives, float64 [channels].
-
-        Args:
-            module: maps images to logits [B, classes]; it keeps its weights and modes.
-            groups: its groups.
-            data: pairs of normalised images [B, C, H, W] and labels int64 [B], on the module's device.
 
         Raises:
             InputError: if there are no labelled images, or the loss on them is not finite.
         """
         import torch.nn.functional as F
 
-        from prune2deploy.train.accuracy import eval_mode, logits_of, require
+        from prune2deploy.train.accuracy import cudnn_flags, eval_mode, logits_of, require
 
+        module, images_and_labels = context.network("taylor")
         names = sorted({reader.parameter for group in groups.prunable for reader in group.of_role("reader")})
         sums = {group.id: np.zeros(group.size) for group in groups.prunable}
         seen = batches = 0
-        with eval_mode(module), _differentiable(module, names) as tensors:
-            for images, labels in data or ():
+        with eval_mode(module), _differentiable(module, names) as tensors, cudnn_flags(tf32=False):
+            for images, labels in images_and_labels:
                 loss = F.cross_entropy(logits_of(module, images, int(labels.max()) + 1), labels)
                 value = float(loss.detach())
                 require(math.isfinite(value), f"the loss is {value}; check the weights and the normalisation")
@@ -68,13 +63,6 @@ class Taylor(Method):
                     break
         require(batches > 0, "method 'taylor' needs images with labels; give a data set that has some")
         return {group: total / batches for group, total in sums.items()}
-
-    def scores(self, weights: Weights, groups: Groups, state: Any = None) -> dict[str, np.ndarray]:
-        """Return what `prepare` found, float64 [channels] for each group."""
-        if state is None:
-            raise InputError("method 'taylor' needs images with labels, which it is prepared with; give --data")
-        found: dict[str, np.ndarray] = state
-        return found
 
 
 def _gate_derivatives(loss: "Tensor", tensors: "dict[str, Tensor]", groups: Groups) -> dict[str, np.ndarray]:

@@ -45,15 +45,15 @@ def load_weights(module: "torch.nn.Module", path: Path | str) -> dict[str, str]:
     return metadata
 
 
-def save_weights(module: "torch.nn.Module", path: Path | str, metadata: Metadata | None = None) -> None:
-    """Write a module's parameters and buffers as safetensors; the same weights and metadata are the same bytes.
+def save_weights(state: "Mapping[str, torch.Tensor]", path: Path | str, metadata: Metadata | None = None) -> None:
+    """Write a state dict as safetensors; the same weights and metadata are the same bytes.
 
     Raises:
         InputError: if the file cannot be written, or parameters share memory and so cannot be told apart.
     """
     from safetensors.torch import save
 
-    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
         data = save(tensors, metadata=dict(metadata) if metadata else None)
     except RuntimeError as error:

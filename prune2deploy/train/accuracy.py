@@ -1,6 +1,6 @@
 """How well a network classifies, and BatchNorm statistics measured anew."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -100,11 +100,18 @@ def recalibrate(
     Raises:
         InputError: if there are fewer than two images.
     """
-    norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
     size = min(batch_size, images, len(split))
     require(size >= 2, f"recalibration needs batches of 2 images or more, not {size}; give more images")
-    batches = Batches(split, mean, std, batch_size=size, images=images, seed=seed, device=device)
     module.to(device)
+    return measure_norms(module, Batches(split, mean, std, batch_size=size, images=images, seed=seed, device=device))
+
+
+def measure_norms(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """Measure every BatchNorm's running statistics anew on batches of one size; return how many norms there were.
+
+    As `recalibrate`, of whose batches the labels are not looked at either.
+    """
+    norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     with eval_mode(module), torch.no_grad(), cudnn_flags(tf32=False):
         for norm in norms:
@@ -116,6 +123,23 @@ def recalibrate(
     for norm, before in zip(norms, momenta, strict=True):
         norm.momentum = before
     return len(norms)
+
+
+def measure(module: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+    """Return the accuracy on batches of normalised images [B, C, H, W] and labels [B], in eval mode and float32.
+
+    Raises:
+        InputError: if there are no batches, or the module does not give logits for their classes.
+    """
+    correct, loss, seen = 0, 0.0, 0
+    with eval_mode(module), torch.no_grad(), cudnn_flags(tf32=False):
+        for images, labels in batches:
+            logits = logits_of(module, images, int(labels.max()) + 1)
+            correct += int((logits.argmax(1) == labels).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            seen += len(labels)
+    require(seen > 0, "there are no images to measure the accuracy on")
+    return Accuracy(top1=correct / seen, loss=loss / seen, images=seen)
 
 
 def logits_of(module: nn.Module, images: Tensor, classes: int) -> Tensor:

@@ -16,7 +16,7 @@ from prune2deploy.apply import apply_masks as torch_apply_masks
 from prune2deploy.apply import fold_offsets as torch_fold_offsets
 from prune2deploy.apply import set_weights as torch_set_weights
 from prune2deploy.apply import weights_of as torch_weights_of
-from prune2deploy.budget import Target
+from prune2deploy.budget import Budget, Target
 from prune2deploy.errors import InputError
 from prune2deploy.export import export_network
 from prune2deploy.graph.groups import find_groups
@@ -54,7 +54,7 @@ def in_normal_form(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def planned(model: onnx.ModelProto, method: str = "l1", **options: Any) -> tuple[Groups, Any]:
     groups = find_groups(copy_of(model))
-    return groups, load_method(method, **options).plan(weights_of(model), groups, Target("macs", 0.4))
+    return groups, load_method(method, **options).plan(weights_of(model), groups, Budget(Target("macs", 0.4)))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from toy_groups import (
 )
 
 from prune2deploy.apply import apply_masks, fold_offsets, weights_of
-from prune2deploy.budget import Target
+from prune2deploy.budget import Budget, Target
 from prune2deploy.cost import Cost, Width
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Group, Groups
@@ -190,7 +190,7 @@ def test_an_unknown_activation_is_refused_with_those_that_are_known(activation: 
 
 
 def plan(net: Residual, groups: Groups, *, mean_fold: bool) -> PruneResult:
-    return BN(score="std", mean_fold=mean_fold).plan(weights_of(net), groups, Target("macs", 0.8))
+    return BN(score="std", mean_fold=mean_fold).plan(weights_of(net), groups, Budget(Target("macs", 0.8)))
 
 
 def test_the_fold_of_a_constant_channel_repairs_its_removal_away_from_the_border() -> None:

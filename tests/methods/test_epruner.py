@@ -7,7 +7,7 @@ import pytest
 from toy_groups import Mobile, Residual, mobile_groups, randomise, residual_groups
 
 from prune2deploy.apply import weights_of
-from prune2deploy.budget import Target, share
+from prune2deploy.budget import Budget, Target, share
 from prune2deploy.errors import DeviceError
 from prune2deploy.masks import widths
 from prune2deploy.methods import epruner
@@ -100,7 +100,7 @@ def test_filters_that_are_alike_or_alone_are_no_obstacle(filters: np.ndarray) ->
 @pytest.mark.parametrize("target", [0.85, 0.6])
 def test_all_exemplars_of_the_preference_found_are_kept_and_the_rest_fills_the_budget(target: float) -> None:
     weights, groups = weights_of(randomise(Residual())), residual_groups()
-    result = EPruner(scope="all").plan(weights, groups, Target("macs", target))
+    result = EPruner(scope="all").plan(weights, groups, Budget(Target("macs", target)))
     method = EPruner(scope="all")
     found = method._clusters(method._distances(weights, groups), result.report["preference"])
     for group, clusters in found.items():
@@ -115,7 +115,7 @@ def test_all_exemplars_of_the_preference_found_are_kept_and_the_rest_fills_the_b
 
 def test_a_preference_that_is_given_is_the_one_that_is_used() -> None:
     weights, groups = weights_of(randomise(Residual())), residual_groups()
-    result = EPruner(scope="all", preference=1.5).plan(weights, groups, Target("macs", 0.6))
+    result = EPruner(scope="all", preference=1.5).plan(weights, groups, Budget(Target("macs", 0.6)))
     assert result.report["preference"] == 1.5
     assert share(groups, "macs", widths(result.keep)) <= 0.6
 
@@ -135,11 +135,11 @@ def test_what_fills_a_budget_is_what_its_exemplar_represents_worst() -> None:
 
 def test_the_output_of_a_stage_stays_whole_in_the_papers_scope() -> None:
     weights, groups = weights_of(randomise(Residual())), residual_groups()
-    result = EPruner().plan(weights, groups, Target("macs", 0.6))
+    result = EPruner().plan(weights, groups, Budget(Target("macs", 0.6)))
     assert result.keep["stem"].all()
     assert not result.keep["conv1"].all()
     assert result.report["not_scored"] == ["stem"]
-    assert not EPruner(scope="all").plan(weights, groups, Target("macs", 0.4)).keep["stem"].all()
+    assert not EPruner(scope="all").plan(weights, groups, Budget(Target("macs", 0.4))).keep["stem"].all()
 
 
 def test_a_depthwise_convolution_does_not_make_a_group_an_outer_one() -> None:
@@ -149,14 +149,14 @@ def test_a_depthwise_convolution_does_not_make_a_group_an_outer_one() -> None:
 
 def test_norms_behind_pruned_layers_start_anew_and_no_others() -> None:
     weights, groups = weights_of(randomise(Residual())), residual_groups()
-    result = EPruner().plan(weights, groups, Target("macs", 0.6))
+    result = EPruner().plan(weights, groups, Budget(Target("macs", 0.6)))
     assert result.weights.keys() == {f"bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
     for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
         assert result.weights[f"bn1.{name}"].tolist() == [value] * 8
         assert not (weights[f"bn1.{name}"] == value).any()
     assert EPruner().needs_finetuning
     kept = EPruner(norms="keep")
-    assert kept.plan(weights, groups, Target("macs", 0.6)).weights == {}
+    assert kept.plan(weights, groups, Budget(Target("macs", 0.6))).weights == {}
     assert not kept.needs_finetuning
 
 
@@ -165,7 +165,7 @@ def test_filters_whose_messages_do_not_settle_all_stay_and_the_report_says_so(mo
     monkeypatch.setattr(epruner, "_ATTEMPTS", ((2, 50), (3, 50)))
     assert not exemplars(planted(), 1.0).converged
     assert exemplars(planted(), 1.0).exemplars.tolist() == list(range(60))
-    result = EPruner().plan(weights, groups, Target("macs", 0.6))
+    result = EPruner().plan(weights, groups, Budget(Target("macs", 0.6)))
     assert result.report["not_converged"] == ["conv1"]
     assert share(groups, "macs", widths(result.keep)) <= 0.6
 

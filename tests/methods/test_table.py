@@ -14,24 +14,23 @@ from toy_groups import TOYS, narrowed, permuted, randomise, residual_groups
 
 import prune2deploy.methods
 from prune2deploy.apply import apply_masks, set_weights, weights_of
-from prune2deploy.budget import Target, share
+from prune2deploy.budget import Budget, Target, share
 from prune2deploy.errors import InputError
-from prune2deploy.groups import Groups
 from prune2deploy.masks import widths
 from prune2deploy.methods import METHODS, describe_options, load_method, method_class
-from prune2deploy.methods.base import Method
+from prune2deploy.methods.base import Context, Method
 
 BLIND_TO_WEIGHTS = {"random"}
 TO_SCORE_ALL: dict[str, dict[str, Any]] = {"epruner": {"scope": "all", "preference": 1.5}}
 """Options of methods that by their paper leave some groups whole, or take untrained filters for equally far apart."""
 
 
-def prepared(name: str, net: nn.Module, groups: Groups, shape: tuple[int, ...]) -> tuple[Method, Any]:
-    """Return a method and the state that it gets from three batches of labelled noise."""
+def prepared(name: str, net: nn.Module, shape: tuple[int, ...]) -> tuple[Method, Context]:
+    """Return a method and what it may look at: the network, and three batches of labelled noise."""
     method = load_method(name, **TO_SCORE_ALL.get(name, {}))
     generator, element = torch.Generator().manual_seed(1), next(net.parameters()).dtype
     batches = [(torch.randn(shape, generator=generator).to(element), torch.tensor([0, 2])) for _ in range(3)]
-    return method, method.prepare(net, groups, batches)
+    return method, Context(net, batches, batches)
 
 
 @pytest.mark.parametrize("toy", TOYS)
@@ -40,8 +39,8 @@ def test_masks_fit_the_network_and_the_target(name: str, toy: str) -> None:
     make, make_groups, shape = TOYS[toy]
     net, groups = randomise(make()), make_groups()
     target = Target("macs", 0.6)
-    method, state = prepared(name, net, groups, shape)
-    result = method.plan(weights_of(net), groups, target, state=state)
+    method, context = prepared(name, net, shape)
+    result = method.plan(weights_of(net), groups, Budget(target), context)
     assert result.keep.keys() == groups.full_widths().keys()
     for group in groups.groups:
         mask = result.keep[group.id]
@@ -59,16 +58,16 @@ def test_masks_fit_the_network_and_the_target(name: str, toy: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_scores_are_finite_float64_vectors_and_the_same_twice(name: str) -> None:
     groups, net = residual_groups(), randomise(TOYS["residual"][0]())
-    method, state = prepared(name, net, groups, TOYS["residual"][2])
-    scores = method.scores(weights_of(net), groups, state)
+    method, context = prepared(name, net, TOYS["residual"][2])
+    scores = method.scores(weights_of(net), groups, context)
     assert list(scores) == [group.id for group in groups.prunable]
     for group_id, score in scores.items():
         assert score.dtype == np.float64
         assert score.shape == (groups[group_id].size,)
         assert np.isfinite(score).all()
         assert len(np.unique(score)) > 1
-    method, state = prepared(name, net, groups, TOYS["residual"][2])
-    again = method.scores(weights_of(net), groups, state)
+    method, context = prepared(name, net, TOYS["residual"][2])
+    again = method.scores(weights_of(net), groups, context)
     assert all(np.array_equal(again[group_id], score) for group_id, score in scores.items())
 
 
@@ -79,15 +78,15 @@ def test_permuting_filters_permutes_scores_and_changes_nothing_else(name: str, t
     groups, net = make_groups(), randomise(make()).double()
     x = torch.randn(shape).double()
     dense, weights = net(x), weights_of(net)
-    method, state = prepared(name, net, groups, shape)
-    before = method.scores(weights, groups, state)
+    method, context = prepared(name, net, shape)
+    before = method.scores(weights, groups, context)
     moved_id = next(iter(before))
     order = np.random.default_rng(5).permutation(groups[moved_id].size)
     moved = permuted(weights, groups[moved_id], order)
     net.load_state_dict({key: torch.from_numpy(value) for key, value in moved.items()})
     torch.testing.assert_close(net(x), dense)
-    method, state = prepared(name, net, groups, shape)
-    after = method.scores(moved, groups, state)
+    method, context = prepared(name, net, shape)
+    after = method.scores(moved, groups, context)
     for group_id, score in before.items():
         expected = score[order] if group_id == moved_id else score
         np.testing.assert_allclose(after[group_id], expected, rtol=1e-9)
@@ -112,7 +111,8 @@ def test_hooks_of_methods_that_do_not_train_do_nothing(name: str) -> None:
         pytest.skip("this method trains")
     net = randomise(TOYS["residual"][0]())
     before = weights_of(net)
-    method, state = prepared(name, net, residual_groups(), TOYS["residual"][2])
+    method, groups = load_method(name), residual_groups()
+    state = method.prepare(net, groups, Budget(Target("macs", 0.6)))
     assert method.penalty(state) == 0.0
     method.after_backward(state)
     method.after_step(state)

@@ -9,6 +9,7 @@ from toy_groups import TOYS, Mobile, Residual, masks_of, mobile_groups, randomis
 
 from prune2deploy.apply import apply_masks, weights_of
 from prune2deploy.errors import InputError
+from prune2deploy.methods.base import Context
 from prune2deploy.methods.taylor import Taylor
 
 Batch = tuple[Tensor, Tensor]
@@ -47,7 +48,7 @@ def test_scores_are_the_mean_square_derivatives_by_a_gate_that_all_readers_share
         loss = gated_loss(net, {"conv1": trunk, "fc": trunk, "conv2": inner}, batch)
         for name, gradient in zip(expected, torch.autograd.grad(loss, (trunk, inner)), strict=True):
             expected[name] += gradient.numpy() ** 2 / len(data)
-    found = Taylor().scores({}, residual_groups(), Taylor().prepare(net, residual_groups(), data))
+    found = Taylor().scores({}, residual_groups(), Context(net, data))
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-6)
 
@@ -61,7 +62,7 @@ def test_a_channel_with_several_places_has_one_gate() -> None:
         loss = gated_loss(net, {"grouped": places.repeat(2), "fc": twins.repeat(2).repeat_interleave(16)}, batch)
         for name, gradient in zip(expected, torch.autograd.grad(loss, (places, twins)), strict=True):
             expected[name] += gradient.numpy() ** 2 / len(data)
-    found = Taylor().prepare(net, mobile_groups(), data)
+    found = Taylor().scores({}, mobile_groups(), Context(net, data))
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-6)
 
@@ -72,7 +73,7 @@ def test_to_first_order_it_is_what_the_loss_loses_without_the_channel() -> None:
     with torch.no_grad():
         net.get_parameter("conv2.weight").mul_(1e-3)
     batch = batches((4, 3, 8, 8), 5, count=1)
-    found = np.sqrt(Taylor().prepare(net, groups, batch)["conv1"])
+    found = np.sqrt(Taylor().scores({}, groups, Context(net, batch))["conv1"])
     with torch.no_grad():
         before = float(F.cross_entropy(net(batch[0][0]), batch[0][1]))
         dense = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -89,7 +90,7 @@ def test_the_network_is_left_as_it_was(toy: str) -> None:
     net = randomise(make()).double().train()
     frozen = next(net.parameters()).requires_grad_(False)
     before = weights_of(net)
-    Taylor().prepare(net, make_groups(), batches(shape, 3))
+    Taylor().scores({}, make_groups(), Context(net, batches(shape, 3)))
     assert all(np.array_equal(before[name], values) for name, values in weights_of(net).items())
     assert all(parameter.grad is None for parameter in net.parameters())
     assert net.training
@@ -99,16 +100,16 @@ def test_the_network_is_left_as_it_was(toy: str) -> None:
 
 def test_no_more_images_are_taken_than_asked_for() -> None:
     net, groups, data = randomise(Residual()).double(), residual_groups(), batches((4, 3, 8, 8), 5)
-    some = Taylor(images=8).prepare(net, groups, data)
-    again = Taylor().prepare(net, groups, data[:2])
+    some = Taylor(images=8).scores({}, groups, Context(net, data))
+    again = Taylor().scores({}, groups, Context(net, data[:2]))
     assert all(np.array_equal(some[name], again[name]) for name in some)
 
 
 @pytest.mark.parametrize("data", [None, []])
 def test_without_images_it_says_what_it_needs(data: list[Batch] | None) -> None:
-    with pytest.raises(InputError, match="needs images with labels"):
-        Taylor().prepare(randomise(Residual()), residual_groups(), data)
-    with pytest.raises(InputError, match=r"needs images with labels.*--data"):
+    with pytest.raises(InputError, match=r"'taylor' needs images"):
+        Taylor().scores({}, residual_groups(), Context(randomise(Residual()), data))
+    with pytest.raises(InputError, match=r"'taylor' needs images.*--data"):
         Taylor().scores({}, residual_groups())
 
 
@@ -117,9 +118,9 @@ def test_a_loss_that_is_not_a_number_is_refused() -> None:
     with torch.no_grad():
         net.get_parameter("fc.bias").fill_(float("nan"))
     with pytest.raises(InputError, match="the loss is nan; check the weights"):
-        Taylor().prepare(net, residual_groups(), batches((4, 3, 8, 8), 5))
+        Taylor().scores({}, residual_groups(), Context(net, batches((4, 3, 8, 8), 5)))
 
 
 def test_groups_of_another_network_are_refused() -> None:
     with pytest.raises(InputError, match=r"no weight 'conv1.weight'"):
-        Taylor().prepare(randomise(Mobile()), residual_groups(), batches((4, 1, 6, 6), 3))
+        Taylor().scores({}, residual_groups(), Context(randomise(Mobile()), batches((4, 1, 6, 6), 3)))
