@@ -15,22 +15,50 @@ from toy_groups import TOYS, narrowed, permuted, randomise, residual_groups
 import prune2deploy.methods
 from prune2deploy.apply import apply_masks, set_weights, weights_of
 from prune2deploy.budget import Budget, Target, share
+from prune2deploy.data import Data, TensorSplit
 from prune2deploy.errors import InputError
 from prune2deploy.masks import widths
 from prune2deploy.methods import METHODS, describe_options, load_method, method_class
 from prune2deploy.methods.base import Context, Method
+from prune2deploy.train import Task
 
 BLIND_TO_WEIGHTS = {"random"}
-TO_SCORE_ALL: dict[str, dict[str, Any]] = {"epruner": {"scope": "all", "preference": 1.5}}
-"""Options of methods that by their paper leave some groups whole, or take untrained filters for equally far apart."""
+OPTIONS: dict[str, dict[str, Any]] = {"epruner": {"scope": "all", "preference": 1.5}}
+"""Options of methods that by their paper leave some groups whole, take untrained filters for alike, or train long."""
 
 
-def prepared(name: str, net: nn.Module, shape: tuple[int, ...]) -> tuple[Method, Context]:
-    """Return a method and what it may look at: the network, and three batches of labelled noise."""
-    method = load_method(name, **TO_SCORE_ALL.get(name, {}))
-    generator, element = torch.Generator().manual_seed(1), next(net.parameters()).dtype
-    batches = [(torch.randn(shape, generator=generator).to(element), torch.tensor([0, 2])) for _ in range(3)]
-    return method, Context(net, batches, batches)
+def toy_task(shape: tuple[int, ...], classes: int) -> Task:
+    """Return a task of labelled noise for a toy network: 24 images to train on, 8 held out, 8 to test on."""
+    generator = torch.Generator().manual_seed(1)
+
+    def split(count: int) -> TensorSplit:
+        pixels = torch.randint(256, (count, *shape[1:]), generator=generator, dtype=torch.uint8)
+        return TensorSplit(pixels, torch.randint(classes, (count,), generator=generator))
+
+    channels = shape[1]
+    data = Data(
+        "noise",
+        *(split(24), split(8), split(8)),
+        num_classes=classes,
+        class_names=tuple(map(str, range(classes))),
+        mean=(0.5,) * channels,
+        std=(0.3,) * channels,
+        in_channels=channels,
+        image_size=shape[2],
+        flip=False,
+        pad=0,
+    )
+    return Task(data, data.mean, data.std, settings={"precision": "fp32", "batch_size": 8})
+
+
+def prepared(name: str, net: nn.Module, groups: Groups, shape: tuple[int, ...]) -> tuple[Method, Context]:
+    """Return a method and what it may look at; a method that trains has trained the network in place."""
+    method = load_method(name, **OPTIONS.get(name, {}))
+    task = toy_task(shape, 3 if shape[1] == 1 else 5)
+    trains = method.needs.trains_weights or method.phases
+    state = method.fit(net, groups, Budget(Target("macs", 0.6)), task) if trains else None
+    batches = [(x.to(next(net.parameters()).dtype), y) for x, y in task.images(batch_size=8)]
+    return method, Context(net, batches, batches, state)
 
 
 @pytest.mark.parametrize("toy", TOYS)
@@ -39,7 +67,7 @@ def test_masks_fit_the_network_and_the_target(name: str, toy: str) -> None:
     make, make_groups, shape = TOYS[toy]
     net, groups = randomise(make()), make_groups()
     target = Target("macs", 0.6)
-    method, context = prepared(name, net, shape)
+    method, context = prepared(name, net, groups, shape)
     result = method.plan(weights_of(net), groups, Budget(target), context)
     assert result.keep.keys() == groups.full_widths().keys()
     for group in groups.groups:
@@ -58,7 +86,7 @@ def test_masks_fit_the_network_and_the_target(name: str, toy: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_scores_are_finite_float64_vectors_and_the_same_twice(name: str) -> None:
     groups, net = residual_groups(), randomise(TOYS["residual"][0]())
-    method, context = prepared(name, net, TOYS["residual"][2])
+    method, context = prepared(name, net, groups, TOYS["residual"][2])
     scores = method.scores(weights_of(net), groups, context)
     assert list(scores) == [group.id for group in groups.prunable]
     for group_id, score in scores.items():
@@ -66,7 +94,7 @@ def test_scores_are_finite_float64_vectors_and_the_same_twice(name: str) -> None
         assert score.shape == (groups[group_id].size,)
         assert np.isfinite(score).all()
         assert len(np.unique(score)) > 1
-    method, context = prepared(name, net, TOYS["residual"][2])
+    method, context = prepared(name, net, groups, TOYS["residual"][2])
     again = method.scores(weights_of(net), groups, context)
     assert all(np.array_equal(again[group_id], score) for group_id, score in scores.items())
 
@@ -78,14 +106,14 @@ def test_permuting_filters_permutes_scores_and_changes_nothing_else(name: str, t
     groups, net = make_groups(), randomise(make()).double()
     x = torch.randn(shape).double()
     dense, weights = net(x), weights_of(net)
-    method, context = prepared(name, net, shape)
+    method, context = prepared(name, net, groups, shape)
     before = method.scores(weights, groups, context)
     moved_id = next(iter(before))
     order = np.random.default_rng(5).permutation(groups[moved_id].size)
     moved = permuted(weights, groups[moved_id], order)
     net.load_state_dict({key: torch.from_numpy(value) for key, value in moved.items()})
     torch.testing.assert_close(net(x), dense)
-    method, context = prepared(name, net, shape)
+    method, context = prepared(name, net, groups, shape)
     after = method.scores(moved, groups, context)
     for group_id, score in before.items():
         expected = score[order] if group_id == moved_id else score
