@@ -17,6 +17,7 @@ from prune2deploy.apply import apply_masks, set_weights, weights_of
 from prune2deploy.budget import Budget, Target, share
 from prune2deploy.data import Data, TensorSplit
 from prune2deploy.errors import InputError
+from prune2deploy.groups import Groups
 from prune2deploy.masks import widths
 from prune2deploy.methods import METHODS, describe_options, load_method, method_class
 from prune2deploy.methods.base import Context, Method
