@@ -143,14 +143,14 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
 
 
 def budget_of(recipe: Recipe) -> Budget:
-    """Return the recipe's budget: its target, or the widths of the run that it names.
+    """Return the recipe's budget: the widths that it gives, or its target.
 
     Raises:
-        InputError: if the target cannot be read, or the other run cannot.
+        InputError: if the target cannot be read.
     """
-    if recipe.widths_of is None:
-        return Budget(Target.parse(recipe.target), recipe.round_to, recipe.floors, ranking=recipe.ranking)
-    return Budget(None, widths=widths(load_masks(Path(recipe.widths_of) / "masks.safetensors")))
+    if recipe.widths is not None:
+        return Budget(None, widths=recipe.widths)
+    return Budget(Target.parse(recipe.target), recipe.round_to, recipe.floors, ranking=recipe.ranking)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import require_file, write_bytes
 
-PATH_FIELDS = ("weights", "samples", "widths_of")
+PATH_FIELDS = ("weights", "samples")
 SPEC_FIELDS = ("network", "data")
 """Fields like ``kind:PATH``, ``PATH.py:factory`` or ``PATH.onnx``, whose paths are taken from the recipe's folder."""
 
@@ -57,7 +57,7 @@ class Recipe(Strict):
     method: str = "l1"
     method_options: dict[str, Any] = Field(default_factory=dict)
     target: str = "macs=0.5"
-    widths_of: str | None = None
+    widths: dict[str, Whole] | None = None
     ranking: Literal["uniform", "global"] | None = None
     floors: dict[str, Whole] = Field(default_factory=dict)
     from_scratch: Switch = False
