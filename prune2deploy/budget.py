@@ -1,18 +1,23 @@
 """From a target to widths, and from scores to masks.
 
-Every group climbs a ladder of allowed widths. Without rounding the ladder has every width; with ``round_to`` it has
-those that make every tensor the group is part of a multiple. All groups start on their lowest rung and climb in one
-order (common share, or best score first); a step that would pass the target is refused. Cost never falls when widths
-grow, so a refused step stays refused, and at the end no group can take one more step under the target.
+Every group climbs a ladder of allowed widths. All groups start on their lowest rung and climb in one order; a step
+that would pass the target is refused. Cost never falls when widths grow, so a refused step stays refused, and at the
+end no group can take one more step under the target.
+
+Without rounding the ladder has every width, and the order is that of a common share, or best score first. With
+``round_to`` the ladder has the widths that make every tensor the group is part of a multiple. Then those widths that
+are reached without rounding are wanted, and the order is that of nearness: first the steps that end below the wanted
+width, then those that end at the multiple nearest to it, then those that end at the one above, and so on, each counted
+in steps of its own ladder. So every group is at most about one multiple off, whether rounding cuts a little or a half.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -35,14 +40,32 @@ _TERMS: dict[str, Callable[[Cost], tuple[Term, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Target:
-    """The share of the dense network's MACs or parameters that may remain; met from below."""
+    """The share of the dense network's MACs or parameters that may remain; met from below.
+
+    Written ``Target(macs=0.5)``, ``Target(params=0.5)`` or ``Target("macs", 0.5)``.
+    """
 
     kind: TargetKind
     share: float
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        kind: TargetKind | None = None,
+        share: float | None = None,
+        *,
+        macs: float | None = None,
+        params: float | None = None,
+    ) -> None:
+        given = [pair for pair in (("macs", macs), ("params", params), (kind, share)) if pair[1] is not None]
+        if len(given) != 1:
+            raise InputError("a target is one share; give Target(macs=0.5) or Target(params=0.5)")
+        object.__setattr__(self, "kind", given[0][0])
+        object.__setattr__(self, "share", given[0][1])
+        self._require_valid()
+
+    def _require_valid(self) -> None:
         if self.kind not in get_args(TargetKind):
             raise InputError(f"target '{self.kind}' is not known; give macs=SHARE or params=SHARE")
         if not 0 < self.share < 1:
@@ -168,7 +191,7 @@ def choose_widths(
     """
     sizes = groups.full_widths()
     ladders = build_ladders(groups, round_to, _lowest(groups, floors, min_keep))
-    return _climb(groups, target, ladders, round_to, lambda group, wanted: wanted / sizes[group])
+    return _meet(groups, target, ladders, round_to, lambda group, width: width / sizes[group])
 
 
 def threshold_to_budget(
@@ -187,8 +210,7 @@ def threshold_to_budget(
     """
     ranked = {group: -np.sort(-_checked(scores, group, groups[group].size)) for group in _ids(groups)}
     ladders = build_ladders(groups, round_to, _lowest(groups, floors, min_keep))
-    # The rung nearest to a count is reached at half way: by the score of that channel, counted from the best.
-    return _climb(groups, target, ladders, round_to, lambda group, wanted: -float(ranked[group][math.ceil(wanted) - 1]))
+    return _meet(groups, target, ladders, round_to, lambda group, width: -float(ranked[group][math.ceil(width) - 1]))
 
 
 def choose_masks(scores: Scores, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -297,40 +319,78 @@ def _lowest(groups: Groups, floors: Mapping[str, int] | None, min_keep: int) -> 
     return {group.id: min(group.size, max(min_keep, floors.get(group.id, 1))) for group in groups.prunable}
 
 
-def _climb(
-    groups: Groups, target: Target, ladders: Ladders, round_to: int, key: Callable[[str, float], float]
-) -> dict[str, int]:
-    """Return the widths after all steps, in the order of ``key(group, wanted width)``, that keep the target."""
-    widths = groups.full_widths() | {group: rungs[0] for group, rungs in ladders.rungs.items()}
-    terms_of: dict[str, list[Term]] = {group: [] for group in widths}
-    for term in _TERMS[target.kind](groups.cost):
-        for group in {name for factor in term.factors for name, _ in factor.terms}:
-            terms_of[group].append(term)
-    dense = groups.cost.of(target.kind, groups.full_widths())
-    spent = groups.cost.of(target.kind, widths)
-    if not dense or spent / dense > target.share:
-        raise InputError(_unreachable(groups, target, round_to, spent / dense if dense else 1.0))
-    for wanted in _steps(groups, ladders, key):
-        step = {group: width for group, width in wanted.items() if width > widths[group]}
-        touched = {id(term): term for group in step for term in terms_of[group]}.values()
+Order = Callable[[str, float], float]
+"""When a group may pass a width (half way between two rungs): lower is earlier."""
+
+
+def _meet(groups: Groups, target: Target, ladders: Ladders, round_to: int, order: Order) -> dict[str, int]:
+    """Return the widths on the ladders that keep the target, nearest to those that ``order`` gives without rounding."""
+    smallest = share(groups, target.kind, groups.full_widths() | {g: rungs[0] for g, rungs in ladders.rungs.items()})
+    if smallest > target.share:
+        raise InputError(_unreachable(groups, target, round_to, smallest))
+    if round_to == 1:
+        steps = _steps(groups, ladders, lambda group, lower, upper: order(group, (lower + upper) / 2))
+        return _climb(groups, target, ladders, steps)
+    every = Ladders({g: range(rungs[0], groups[g].size + 1) for g, rungs in ladders.rungs.items()}, ())
+    wanted = _meet(groups, target, every, 1, order)
+    bill = _Bill(groups, target)
+
+    def far(group: str, lower: int, upper: int) -> float:
+        return ((lower + upper) / 2 - wanted[group]) / (upper - lower)
+
+    def worth(group: str, lower: int, upper: int) -> tuple[bool, float]:
+        away = far(group, lower, upper)
+        gain = bill.step(wanted | {group: lower}, {group: upper}) / bill.dense
+        return away > -0.5, away / gain if gain else away
+
+    keys = [lambda g, l, u: order(g, (l+u)/2), lambda g,l,u: (far(g,l,u), order(g,(l+u)/2)), lambda g,l,u: (*worth(g,l,u), order(g,(l+u)/2))]
+    found = [_climb(groups, target, ladders, _steps(groups, ladders, k)) for k in keys]
+    def dev(w):
+        d=[(w[g]-wanted[g])/round_to for g in ladders.rungs]
+        return (sum(x*x for x in d)/len(d))**.5
+    import os
+    if os.environ.get('SHOW'): print('    rms', [round(dev(w),3) for w in found], [round(share(groups,target.kind,w),4) for w in found])
+    return min(found, key=dev)
+
+
+class _Bill:
+    def __init__(self, groups, target):
+        self.dense = groups.cost.of(target.kind, groups.full_widths())
+        self.terms_of = {group: [] for group in groups.by_id}
+        for term in _TERMS[target.kind](groups.cost):
+            for group in {name for factor in term.factors for name, _ in factor.terms}:
+                self.terms_of[group].append(term)
+    def step(self, widths, step):
+        touched = {id(term): term for group in step for term in self.terms_of[group]}.values()
         raised = widths | step
-        after = spent + sum(term.at(raised) - term.at(widths) for term in touched)
-        if after / dense <= target.share:
-            widths, spent = raised, after
+        return sum(term.at(raised) - term.at(widths) for term in touched)
+
+
+def _climb(groups, target, ladders, steps):
+    widths = groups.full_widths() | {group: rungs[0] for group, rungs in ladders.rungs.items()}
+    bill = _Bill(groups, target)
+    spent = groups.cost.of(target.kind, widths)
+    for wanted in steps:
+        step = {group: width for group, width in wanted.items() if width > widths[group]}
+        after = spent + bill.step(widths, step)
+        if after / bill.dense <= target.share:
+            widths, spent = widths | step, after
     return widths
 
 
-def _steps(groups: Groups, ladders: Ladders, key: Callable[[str, float], float]) -> list[dict[str, int]]:
-    """Return all steps of all ladders in the order in which they are to be tried."""
+def _steps(groups: Groups, ladders: Ladders, key: Callable[[str, int, int], Any]) -> list[dict[str, int]]:
+    """Return all steps of all ladders in the order of ``key(group, from, to)`` in which they are to be tried."""
     sizes = groups.full_widths()
     keyed = [
-        (key(group, (lower + upper) / 2), {group: upper})
+        (key(group, lower, upper), {group: upper})
         for group, rungs in ladders.rungs.items()
         for lower, upper in pairwise(rungs)
     ]
     for together in ladders.together:
-        last = max(key(group, (ladders.rungs[group][-1] + sizes[group]) / 2) for group in together)
-        keyed.append((last, {group: sizes[group] for group in sorted(together)}))
+        # A group of these may be on a full width that its ladder has: it takes no step.
+        last = [(group, ladders.rungs[group][-1], sizes[group]) for group in sorted(together)]
+        slowest = max(key(*step) for step in last if step[1] < step[2])
+        keyed.append((slowest, {group: sizes[group] for group in sorted(together)}))
     return [step for _, step in sorted(keyed, key=lambda pair: pair[0])]
 
 

@@ -221,7 +221,7 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
         InputError: if the run is not one, or a file of it is missing or broken.
         VerifyError: if an export differs from its network, or the slim graph from the masked one.
     """
-    from prune2deploy.export import export_network, require_agreement
+    from prune2deploy.exporter import export_network, require_agreement
     from prune2deploy.graph.model import save_model
     from prune2deploy.methods import load_method
     from prune2deploy.networks import load_weights

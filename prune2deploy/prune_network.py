@@ -42,7 +42,7 @@ def prune_network(
     Raises:
         InputError: if the recipe cannot be carried out; then nothing of an earlier run is changed.
     """
-    from prune2deploy.export import export_network
+    from prune2deploy.exporter import export_network
     from prune2deploy.graph.groups import find_groups
     from prune2deploy.methods import load_method
 

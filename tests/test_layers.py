@@ -56,8 +56,8 @@ TABLE = {
     "data": Row((*BASE, "networks", "data"), names("numpy torch"), TORCH_LAZY),
     "apply": Row((*BASE, "networks"), names("numpy torch"), TORCH_LAZY),
     "train": Row((*BASE, "networks", "data", "apply", "train"), names("numpy torch"), TORCH_LAZY),
-    "export": Row(
-        (*BASE, "networks", "apply", "export"), names("numpy torch onnx onnxscript"), TORCH_LAZY | names("onnxruntime")
+    "exporter": Row(
+        (*BASE, "networks", "apply", "exporter"), names("numpy torch onnx onnxscript"), TORCH_LAZY | names("onnxruntime")
     ),
     # scores and budgets are functions of arrays, so the torch column and an ONNX file share them
     "budget": Row(BASE, names("numpy scipy")),
@@ -262,7 +262,7 @@ def test_importing_the_package_needs_nothing_but_the_standard_library() -> None:
 
 
 def test_all_but_the_torch_column_can_be_imported_without_the_heavy_packages() -> None:
-    torch_column = ("networks", "data", "apply", "train", "export", "pruner")
+    torch_column = ("networks", "data", "apply", "train", "exporter", "pruner")
     light = [name for name in modules(ROOT / PACKAGE) if name != "__init__" and not is_under(name, torch_column)]
     assert {"masks", "budget", "cli"} <= set(light)
     code = f"import importlib\nfor name in {light!r}:\n    importlib.import_module('{PACKAGE}.' + name)\n"

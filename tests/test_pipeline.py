@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from prune2deploy.apply import apply_masks, weights_of
 from prune2deploy.budget import Budget, Target
 from prune2deploy.data import load_data, normalise
-from prune2deploy.export import export_network
+from prune2deploy.exporter import export_network
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.rewrite import remove_dead_channels
 from prune2deploy.graph.verify import verify

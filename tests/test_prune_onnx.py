@@ -16,7 +16,7 @@ from command_line import ENVIRONMENT, done, p2d, refused, small_network
 from onnx import helper, numpy_helper
 from onnx.helper import make_node as node
 
-from prune2deploy.export import export_network
+from prune2deploy.exporter import export_network
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.masking import weights_of
 from prune2deploy.graph.model import load_model

@@ -103,7 +103,7 @@ def network(name: str) -> onnx.ModelProto:
     import torch
     from planting import plant_groups
 
-    from prune2deploy.export import export_network
+    from prune2deploy.exporter import export_network
     from prune2deploy.graph.groups import find_groups
     from prune2deploy.graph.model import copy_of
     from prune2deploy.networks import load_network

@@ -222,7 +222,7 @@ def export(module: Any, example: Any, exporter: str) -> onnx.ModelProto:
     """Return the graph: unfused from torch's default exporter, or as the legacy one writes it."""
     if exporter == "legacy":
         return _legacy(module, example)
-    from prune2deploy.export import export_network
+    from prune2deploy.exporter import export_network
 
     return export_network(module, (example,), fuse=False).model
 

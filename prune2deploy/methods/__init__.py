@@ -104,6 +104,14 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
+def __getattr__(name: str) -> Any:
+    """Return a method's class by its own name, such as ``CSGD``, and load it only then."""
+    for key, info in METHODS.items():
+        if info.target.partition(":")[2] == name:
+            return method_class(key)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
 def load_method(name: str, **options: Any) -> Method:
     """Return a method with its hyper-parameters.
 

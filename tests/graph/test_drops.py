@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 from graph.small import copy_of, graph, initializer, operators, run, slim_and_verify, weights
 from prune2deploy.errors import InputError
-from prune2deploy.export import export_network
+from prune2deploy.exporter import export_network
 from prune2deploy.graph.drops import Dropped, apply_drops, load_drops
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.layers import totals

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graph.small import copy_of
-from prune2deploy.export import export_network
+from prune2deploy.exporter import export_network
 from prune2deploy.graph.rewrite import remove_dead_channels
 from prune2deploy.graph.verify import verify
 

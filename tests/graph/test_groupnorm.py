@@ -13,7 +13,7 @@ from torch import nn
 
 from graph.rule_check import check_facts, dense, f32, ints
 from graph.small import analysis_of, copy_of, graph, initializer, kept, operators, run, slim_and_verify, weights
-from prune2deploy.export import export_network
+from prune2deploy.exporter import export_network
 from prune2deploy.graph.bound import output_bound
 from prune2deploy.graph.facts import channel_facts
 from prune2deploy.graph.groups import find_groups

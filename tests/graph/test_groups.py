@@ -220,7 +220,7 @@ def test_groups_of_one_weight_that_two_nodes_share_count_it_once() -> None:
 def resnet20() -> onnx.ModelProto:
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
-    from prune2deploy.export import export_network
+    from prune2deploy.exporter import export_network
     from prune2deploy.networks.cifar_resnet import resnet20 as build
 
     torch.manual_seed(0)

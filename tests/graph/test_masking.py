@@ -18,7 +18,7 @@ from prune2deploy.apply import set_weights as torch_set_weights
 from prune2deploy.apply import weights_of as torch_weights_of
 from prune2deploy.budget import Budget, Target
 from prune2deploy.errors import InputError
-from prune2deploy.export import export_network
+from prune2deploy.exporter import export_network
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.layers import totals
 from prune2deploy.graph.masking import apply_masks, fold_offsets, separate_layers, set_weights, weights_of

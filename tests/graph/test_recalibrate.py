@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from graph.small import graph, initializer, weights
 from prune2deploy.data import load_data, normalise
 from prune2deploy.errors import InputError
-from prune2deploy.export import export_network
+from prune2deploy.exporter import export_network
 from prune2deploy.graph.recalibrate import recalibrate
 from prune2deploy.train import recalibrate as torch_recalibrate
 

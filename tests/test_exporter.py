@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from prune2deploy.errors import InputError, VerifyError
-from prune2deploy.export import OPSET, Exported, export_network, require_agreement
+from prune2deploy.exporter import OPSET, Exported, export_network, require_agreement
 from prune2deploy.networks import Network, load_network
 
 INPUTS = (torch.zeros(2, 3, 8, 8),)
