@@ -1,12 +1,13 @@
 """Masks on a torch network: silence the removed channels, keep them silent while training, fold in their means."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prune2deploy.errors import InputError
-from prune2deploy.groups import Groups
+from prune2deploy.groups import COPIED_ROLES, Groups
 from prune2deploy.masks import Masks
 from prune2deploy.silence import folded_means, silenced
 
@@ -92,6 +93,94 @@ class MaskKeeper:
                 torch._foreach_add_(self._tensors, 0.0)  # a negative weight became -0.0; adding 0 makes it 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Copied:
+    """A parameter or buffer that holds merged channels.
+
+    Attributes:
+        name: of the parameter or buffer.
+        role: as `groups.Member.role`.
+        tensor: the module's own.
+        axis: that the channels index.
+        source: for every index along the axis the index that it copies, int64 [size of the axis].
+    """
+
+    name: str
+    role: str
+    tensor: "Tensor"
+    axis: int
+    source: np.ndarray
+
+    def means(self) -> "ChannelMeans":
+        """Return what takes the means of the channels that merge."""
+        return ChannelMeans(self.source, self.axis, self.tensor)
+
+
+def copies_of(module: "nn.Module", groups: Groups, merges: Mapping[str, np.ndarray]) -> list[Copied]:
+    """Return the parameters and buffers that make and carry merged channels, in graph order, each axis of one once.
+
+    Args:
+        module: the network.
+        groups: its groups.
+        merges: `methods.base.PruneResult.merges`.
+
+    Raises:
+        InputError: if merges and groups do not fit each other or the module.
+    """
+    tensors = module.state_dict(keep_vars=True)
+    found: dict[tuple[str, int], Copied] = {}
+    for name, kept in merges.items():
+        _require_merge(groups, name, kept)
+        for member in groups[name].of_role(*COPIED_ROLES):
+            tensor = _tensor(tensors, member.parameter, member.axis, member.indices)
+            key = (member.parameter, member.axis)
+            if key not in found:
+                found[key] = Copied(member.parameter, member.role, tensor, member.axis, np.arange(tensor.shape[key[1]]))
+            found[key].source[member.indices] = member.indices[kept]
+    return list(found.values())
+
+
+def _require_merge(groups: Groups, name: str, kept: np.ndarray) -> None:
+    if name not in groups.by_id:
+        raise InputError(f"the merges name a group '{name}' that the network does not have; use this network's merges")
+    group = groups[name]
+    if not group.prunable:
+        raise InputError(f"the merges are of group '{name}', which cannot be pruned: {group.kept_because}")
+    fits = kept.shape == (group.size,) and kept.dtype == np.int64 and kept.min() >= 0 and kept.max() < group.size
+    if not fits or not np.array_equal(kept[kept], kept):
+        raise InputError(
+            f"the merges of group '{name}' do not name one of its {group.size} channels for each, "
+            "which is itself not merged into another; use this network's merges"
+        )
+
+
+class ChannelMeans:
+    """Means over the channels that merge, each in the place of every one of them: bit for bit the same.
+
+    Args:
+        source: for every index along the axis the index that it copies, int64 [size].
+        axis: that the channels index.
+        like: a tensor of the type, and on the device, of those to come.
+    """
+
+    def __init__(self, source: np.ndarray, axis: int, like: "Tensor") -> None:
+        import torch
+
+        stay, cluster = np.unique(source, return_inverse=True)
+        # A product of matrices, because index_add_ adds in another order every time on a GPU.
+        average = np.zeros((len(stay), len(source)))
+        average[cluster, np.arange(len(source))] = 1 / np.bincount(cluster)[cluster]
+        self._axis = axis
+        self._average = torch.from_numpy(average).to(like.device, like.dtype)
+        self._cluster = torch.from_numpy(cluster).to(like.device)
+
+    def __call__(self, values: "Tensor") -> "Tensor":
+        """Return a new tensor of the same shape."""
+        first = values.movedim(self._axis, 0)
+        means = (self._average @ first.reshape(len(first), -1)).index_select(0, self._cluster)
+        return means.reshape(first.shape).movedim(0, self._axis)
+
+
 class MergeKeeper:
     """Keeps merged channels exact copies of one another while a network trains.
 
@@ -109,41 +198,25 @@ class MergeKeeper:
     def __init__(self, module: "nn.Module", groups: Groups, merges: Mapping[str, np.ndarray]) -> None:
         import torch
 
-        tensors = module.state_dict(keep_vars=True)
-        sources: dict[tuple[str, int], np.ndarray] = {}
-        for name, kept in merges.items():
-            for member in groups[name].of_role(*COPIED_ROLES):
-                tensor = _tensor(tensors, member.parameter, member.axis, member.indices)
-                key = (member.parameter, member.axis)
-                source = sources.setdefault(key, np.arange(tensor.shape[member.axis]))
-                source[member.indices] = member.indices[kept]
-        self._parts = [
-            (tensors[name], axis, torch.from_numpy(source).to(tensors[name].device))
-            for (name, axis), source in sources.items()
+        copies = copies_of(module, groups, merges)
+        self._means = [(copied.tensor, copied.means()) for copied in copies if copied.tensor.requires_grad]
+        self._sources = [
+            (copied.tensor, copied.axis, torch.from_numpy(copied.source).to(copied.tensor.device)) for copied in copies
         ]
 
     def after_backward(self) -> None:
         """Give the copies of a channel the mean of their gradients."""
-        import torch
-
-        for tensor, axis, source in self._parts:
+        for tensor, means in self._means:
             if tensor.grad is not None:
-                sums = torch.zeros_like(tensor.grad).index_add_(axis, source, tensor.grad)
-                counts = torch.bincount(source, minlength=len(source)).to(sums.dtype)
-                shape = [-1 if place == axis else 1 for place in range(sums.ndim)]
-                tensor.grad = (sums / counts.clamp(min=1).view(shape)).index_select(axis, source)
+                tensor.grad.copy_(means(tensor.grad))
 
     def after_step(self) -> None:
         """Copy every kept channel onto its copies, statistics of norms included."""
         import torch
 
         with torch.no_grad():
-            for tensor, axis, source in self._parts:
+            for tensor, axis, source in self._sources:
                 tensor.copy_(tensor.index_select(axis, source))
-
-
-COPIED_ROLES = ("filter", "bias", "scale", "shift", "mean", "var")
-"""The roles in which merged channels are equal: all that makes or carries a channel."""
 
 
 def fold_offsets(module: "nn.Module", groups: Groups, masks: Masks, offsets: Mapping[str, np.ndarray]) -> list[str]:

@@ -23,6 +23,9 @@ NO_WIDTH = Width(0)
 SILENCED_ROLES = frozenset({"filter", "bias", "scale", "shift"})
 """The roles that a mask zeroes: a channel's filter and bias, and the scale and shift of every norm that carries it."""
 
+COPIED_ROLES = ("filter", "bias", "scale", "shift", "constant", "mean", "var")
+"""The roles in which merged channels are equal: all that makes or carries a channel."""
+
 
 @dataclass(frozen=True, eq=False)
 class Member:

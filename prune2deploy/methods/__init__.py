@@ -85,6 +85,14 @@ METHODS: Mapping[str, MethodInfo] = {
         "published",
         "the formula is common knowledge; putting the gate in front of the readers is ours",
     ),
+    "csgd": MethodInfo(
+        "prune2deploy.methods.csgd:CSGD",
+        "filters of a cluster are trained to be one, then merged without loss (Ding et al., CVPR 2019)",
+        Needs(data=True, labels=True, pretrained=True, trains_weights=True),
+        "published",
+        "read: the authors' code; ours: the cosine schedule, which of a cluster's equal filters stays",
+        "merges",
+    ),
     "random": MethodInfo(
         "prune2deploy.methods.random:Random", "seeded random scores", Needs(), "control", "nothing to read"
     ),
