@@ -1,5 +1,6 @@
 """Small torch networks with their groups written out by hand, and a second, simpler way to narrow them."""
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -240,6 +241,18 @@ def select(state: Mapping[str, Tensor], groups: Groups, masks: Mapping[str, np.n
         stay = np.setdiff1d(np.arange(narrow[name].shape[axis]), np.concatenate(parts))
         narrow[name] = narrow[name].index_select(axis, torch.from_numpy(stay))
     return narrow
+
+
+def with_merged_readers(net: nn.Module, groups: Groups, merges: Mapping[str, np.ndarray]) -> nn.Module:
+    """Return a copy whose readers of merged channels add up the columns on the channel that stays."""
+    merged = copy.deepcopy(net)
+    with torch.no_grad():
+        for group_id, kept in merges.items():
+            for part in groups[group_id].of_role("reader"):
+                columns = merged.get_parameter(part.parameter).movedim(part.axis, 0)
+                for channel in np.flatnonzero(kept != np.arange(len(kept))):
+                    columns[part.indices[kept[channel]]] += columns[part.indices[channel]]
+    return merged
 
 
 def narrowed(net: nn.Module, groups: Groups, masks: Mapping[str, np.ndarray]) -> nn.Module:
