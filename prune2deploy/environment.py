@@ -21,6 +21,7 @@ _PACKAGES = (
     "onnxscript",
     "tensorrt",
     "torch",
+    "accelerate",
     "torchvision",
     "timm",
     "scikit-learn",

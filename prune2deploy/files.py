@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their name, synced, then renamed."""
 
+import glob
 import hashlib
 import json
 import os
@@ -42,6 +43,12 @@ def publish(temporary: Path, path: Path) -> None:
     _sync(temporary)
     temporary.chmod(0o666 & ~_umask())
     temporary.replace(path)
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what a kill left of earlier writes of ``path``; nobody else may be writing it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

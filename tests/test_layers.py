@@ -55,12 +55,13 @@ TABLE = {
     "networks": Row((*BASE, "networks"), names("numpy torch safetensors"), TORCH_LAZY),
     "data": Row((*BASE, "networks", "data"), names("numpy torch"), TORCH_LAZY),
     "apply": Row((*BASE, "networks"), names("numpy torch"), TORCH_LAZY),
-    "train": Row((*BASE, "networks", "data", "apply", "train"), names("numpy torch"), TORCH_LAZY),
+    "train": Row((*BASE, "networks", "data", "apply", "train"), names("numpy torch"), TORCH_LAZY | names("accelerate")),
     "exporter": Row(
         (*BASE, "networks", "apply", "exporter"), names("numpy torch onnx onnxscript"), TORCH_LAZY | names("onnxruntime")
     ),
     # scores and budgets are functions of arrays, so the torch column and an ONNX file share them
-    "budget": Row(BASE, names("numpy scipy")),
+    "climb": Row(BASE, names("numpy")),
+    "budget": Row((*BASE, "climb"), names("numpy scipy")),
     "methods": Row((*BASE, "budget", "methods"), names("numpy scipy"), names("torch sklearn"), ("train", "apply")),
     # the ONNX column
     "graph": Row((*BASE, "graph"), names("numpy scipy onnx onnx_graphsurgeon ml_dtypes google"), names("onnxruntime")),
@@ -72,12 +73,15 @@ TABLE = {
     "findings": Row(BASE, names("numpy")),
     "figures": Row((*BASE, *PAGE), names("numpy"), names("plotly")),
     "page": Row((*BASE, *PAGE), names("numpy"), names("plotly")),
+    "comparison": Row(BASE, names("numpy")),
+    "comparison_page": Row((*BASE, *PAGE, "page", "comparison")),
     # what a terminal shows
     "screen": Row((*BASE, *PAGE), names("rich")),
     # one file slimmed, and what joins the columns
     "slim": Row((*BASE, "graph"), names("numpy"), names("onnx"), ("graph",)),
     "pipeline": Row(ANY, names("numpy"), names("numpy scipy torch onnx onnx_graphsurgeon onnxruntime")),
     "prune_network": Row(ANY, names("numpy"), names("torch")),
+    "compare": Row(ANY, names("pydantic"), names("ray")),
     "prune_onnx": Row(ANY, names("numpy"), names("torch onnx")),
     "pruner": Row(ANY, names("numpy torch")),
     "cli": Row(("__init__", "errors"), names("typer rich"), names("click"), ANY),

@@ -6,6 +6,17 @@ Choices are made on the held-out split, a share of the training set; the test sp
 from prune2deploy.data.base import Data, Split, Subset, TensorSplit
 from prune2deploy.data.batches import Batches
 from prune2deploy.data.load import load_data
-from prune2deploy.data.pixels import augment, normalise
+from prune2deploy.data.pixels import augment, draw_moves, moved, normalise
 
-__all__ = ["Batches", "Data", "Split", "Subset", "TensorSplit", "augment", "load_data", "normalise"]
+__all__ = [
+    "Batches",
+    "Data",
+    "Split",
+    "Subset",
+    "TensorSplit",
+    "augment",
+    "draw_moves",
+    "load_data",
+    "moved",
+    "normalise",
+]

@@ -21,16 +21,30 @@ def augment(images: Tensor, generator: torch.Generator, *, flip: bool, pad: int)
         float [B, C, H, W], its own memory.
     """
     batch, _, height, width = images.shape
+    return moved(images, *draw_moves(batch, height, width, generator, flip=flip, pad=pad), pad=pad)
+
+
+def draw_moves(
+    batch: int, height: int, width: int, generator: torch.Generator, *, flip: bool, pad: int
+) -> tuple[Tensor, Tensor]:
+    """Return where each pixel of a batch comes from in the padded images: rows, int64 [B, H], and columns [B, W].
+
+    To be drawn for a whole batch where several processes share it, so that every image moves as in one process.
+    """
     shifts = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator)
     mirrored = torch.rand(batch, 1, generator=generator) < 0.5
     columns = torch.arange(width).expand(batch, width)
     if flip:
         columns = torch.where(mirrored, columns.flip(1), columns)
-    rows = (torch.arange(height) + shifts[0])[:, :, None].to(images.device)  # [B, H, 1]
-    columns = (columns + shifts[1])[:, None, :].to(images.device)  # [B, 1, W]
-    samples = torch.arange(batch, device=images.device)[:, None, None]
+    return torch.arange(height) + shifts[0], columns + shifts[1]
+
+
+def moved(images: Tensor, rows: Tensor, columns: Tensor, *, pad: int) -> Tensor:
+    """Return float images [B, C, H, W] moved as `draw_moves` drew it for each of them."""
+    samples = torch.arange(len(images), device=images.device)[:, None, None]
+    down, across = rows[:, :, None].to(images.device), columns[:, None, :].to(images.device)
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    return padded.permute(0, 2, 3, 1)[samples, rows, columns].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[samples, down, across].permute(0, 3, 1, 2)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

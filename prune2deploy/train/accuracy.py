@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prune2deploy.data import Batches, Split, normalise
 from prune2deploy.errors import InputError
+from prune2deploy.train.processes import Processes
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -38,6 +39,7 @@ def evaluate(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     limit: int | None = None,
+    processes: Processes | None = None,
 ) -> Accuracy:
     """Return the accuracy on a split, in eval mode and float32; the module is moved to ``device`` and keeps its modes.
 
@@ -49,6 +51,7 @@ def evaluate(
         batch_size: images at a time.
         device: where to run.
         limit: measure on this many images only, evenly spread over the split.
+        processes: share the images between them; all must call it. By default each measures on all of them.
 
     Raises:
         InputError: if there are no images, or the module does not give logits for the split's classes.
@@ -58,15 +61,19 @@ def evaluate(
     chosen = _spread(len(split), limit)
     place = torch.device(device)
     module.to(place)
-    labels = split.labels[chosen]
-    classes = int(labels.max()) + 1
-    correct, loss = 0, 0.0
+    classes = int(split.labels[chosen].max()) + 1
+    own = chosen if processes is None else chosen[processes.part(chosen)]
+    labels = split.labels[own]
+    correct, loss = 0.0, 0.0
     with eval_mode(module), torch.no_grad(), cudnn_flags(tf32=False):
-        for indices, wanted in zip(torch.split(chosen, batch_size), torch.split(labels, batch_size), strict=True):
-            images = normalise(split.images(indices).to(place), mean, std)
-            logits = logits_of(module, images, classes)
-            correct += int((logits.argmax(1).cpu() == wanted).sum())
-            loss += float(F.cross_entropy(logits, wanted.to(place), reduction="sum"))
+        for indices, wanted in zip(torch.split(own, batch_size), torch.split(labels, batch_size), strict=True):
+            if len(indices):  # more processes than images leave some without any
+                images = normalise(split.images(indices).to(place), mean, std)
+                logits = logits_of(module, images, classes)
+                correct += float((logits.argmax(1).cpu() == wanted).sum())
+                loss += float(F.cross_entropy(logits, wanted.to(place), reduction="sum"))
+    if processes is not None:
+        correct, loss = processes.total([correct, loss])
     return Accuracy(top1=correct / len(chosen), loss=loss / len(chosen), images=len(chosen))
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from prune2deploy.data import Batches, Data, Split
 from prune2deploy.train.accuracy import Accuracy, evaluate, recalibrate
-from prune2deploy.train.sgd import EpochResult, Progress, finetune
+from prune2deploy.train.loop import finetune
+from prune2deploy.train.settings import EpochResult, Progress
 
 BATCH = 64
 """Images at a time where nothing is trained."""
