@@ -1,29 +1,18 @@
-"""From a target to widths, and from scores to masks.
-
-Every group climbs a ladder of allowed widths. All groups start on their lowest rung and climb in one order; a step
-that would pass the target is refused. Cost never falls when widths grow, so a refused step stays refused, and at the
-end no group can take one more step under the target.
-
-Without rounding the ladder has every width, and the order is that of a common share, or best score first. With
-``round_to`` the ladder has the widths that make every tensor the group is part of a multiple. Then those widths that
-are reached without rounding are wanted, and the order is that of nearness: first the steps that end below the wanted
-width, then those that end at the multiple nearest to it, then those that end at the one above, and so on, each counted
-in steps of its own ladder. So every group is at most about one multiple off, whether rounding cuts a little or a half.
-"""
+"""From a target to widths, and from scores to masks. How widths climb to a target says `climb`."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-from prune2deploy.cost import Cost, Term, Widths
+from prune2deploy.climb import climb
+from prune2deploy.cost import Widths
 from prune2deploy.errors import InputError
-from prune2deploy.groups import Groups
+from prune2deploy.groups import Group, Groups
 from prune2deploy.rounding import Ladders, build_ladders
 
 Scores = Mapping[str, np.ndarray]
@@ -33,11 +22,6 @@ Ranking = Literal["uniform", "global"]
 """``uniform``: all groups keep one common share; ``global``: channels of all groups compete by their scores."""
 
 TargetKind = Literal["macs", "params"]
-
-_TERMS: dict[str, Callable[[Cost], tuple[Term, ...]]] = {
-    "macs": lambda cost: cost.macs_terms,
-    "params": lambda cost: cost.parameter_terms,
-}
 
 
 @dataclass(frozen=True, init=False)
@@ -190,8 +174,8 @@ def choose_widths(
         InputError: if an argument is out of range or the target cannot be reached.
     """
     sizes = groups.full_widths()
-    ladders = build_ladders(groups, round_to, _lowest(groups, floors, min_keep))
-    return _meet(groups, target, ladders, round_to, lambda group, width: width / sizes[group])
+    ladders = _ladders(groups, target, round_to, floors, min_keep)
+    return climb(groups, target.kind, target.share, ladders, lambda group, width: width / sizes[group])
 
 
 def threshold_to_budget(
@@ -209,8 +193,13 @@ def threshold_to_budget(
     every prunable group needs scores.
     """
     ranked = {group: -np.sort(-_checked(scores, group, groups[group].size)) for group in _ids(groups)}
-    ladders = build_ladders(groups, round_to, _lowest(groups, floors, min_keep))
-    return _meet(groups, target, ladders, round_to, lambda group, width: -float(ranked[group][math.ceil(width) - 1]))
+    ladders = _ladders(groups, target, round_to, floors, min_keep)
+
+    def best(group: str, width: float) -> float:
+        # The rung nearest to a count is reached at half way: by the score of that channel, counted from the best.
+        return -float(ranked[group][math.ceil(width) - 1])
+
+    return climb(groups, target.kind, target.share, ladders, best)
 
 
 def choose_masks(scores: Scores, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -269,14 +258,55 @@ def protect(groups: Groups, patterns: Iterable[str]) -> Groups:
     reasons: dict[str, str] = {}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            close = get_close_matches(pattern.strip("*"), sorted(names), n=3, cutoff=0.3) or sorted(names)[:3]
             raise InputError(
-                f"--keep '{pattern}' matches no parameter; parameters with close names are {', '.join(close)}"
+                f"--keep '{pattern}' matches no parameter; parameters with close names are {_close(pattern, names)}"
             )
         for group in groups.prunable:
-            if any(fnmatchcase(one.parameter, pattern) for one in group.members if one.role != "reader"):
+            if _made_by(group, pattern):
                 reasons.setdefault(group.id, f"kept by --keep '{pattern}'")
     return _hold(groups, reasons)
+
+
+def resolve_floors(groups: Groups, floors: Mapping[str, float]) -> dict[str, int]:
+    """Return the smallest width of every prunable group that a floor speaks of; where several do, the largest.
+
+    Args:
+        groups: the network's groups.
+        floors: the id of a group, or a pattern (fnmatch) of ids or of parameters that make or carry channels, to a
+            number of channels (int) or to a share of the group's (float, such as 0.5).
+
+    Raises:
+        InputError: if a pattern matches nothing, or a floor is above a group's size.
+    """
+    found: dict[str, int] = {}
+    for pattern, floor in floors.items():
+        matched = [one for one in groups.groups if pattern == one.id]
+        matched = matched or [one for one in groups.groups if fnmatchcase(one.id, pattern) or _made_by(one, pattern)]
+        if not matched:
+            raise InputError(
+                f"the floor '{pattern}' matches no group and no parameter that makes one; groups with close names are "
+                f"{_close(pattern, groups.by_id)}"
+            )
+        for group in matched:
+            width = floor if isinstance(floor, int) else math.ceil(floor * group.size)
+            if not 1 <= width <= group.size:
+                raise InputError(
+                    f"the floor '{pattern}' is {floor:g}, but group '{group.id}' has {group.size} channels; give a "
+                    f"number from 1 to {group.size}, or a share such as 0.5"
+                )
+            if group.prunable:
+                found[group.id] = max(width, found.get(group.id, 1))
+    return found
+
+
+def _made_by(group: Group, pattern: str) -> bool:
+    """Return whether a parameter that makes or carries a group's channels matches."""
+    return any(fnmatchcase(one.parameter, pattern) for one in group.members if one.role != "reader")
+
+
+def _close(pattern: str, names: Iterable[str]) -> str:
+    known = sorted(names)
+    return ", ".join(get_close_matches(pattern.strip("*"), known, n=3, cutoff=0.3) or known[:3])
 
 
 def _hold(groups: Groups, reasons: Mapping[str, str]) -> Groups:
@@ -319,86 +349,29 @@ def _lowest(groups: Groups, floors: Mapping[str, int] | None, min_keep: int) -> 
     return {group.id: min(group.size, max(min_keep, floors.get(group.id, 1))) for group in groups.prunable}
 
 
-Order = Callable[[str, float], float]
-"""When a group may pass a width (half way between two rungs): lower is earlier."""
-
-
-def _meet(groups: Groups, target: Target, ladders: Ladders, round_to: int, order: Order) -> dict[str, int]:
-    """Return the widths on the ladders that keep the target, nearest to those that ``order`` gives without rounding."""
+def _ladders(groups: Groups, target: Target, round_to: int, floors: Mapping[str, int] | None, min_keep: int) -> Ladders:
+    """Return the widths each group may take, if the smallest of them keep the target."""
+    ladders = build_ladders(groups, round_to, _lowest(groups, floors, min_keep))
     smallest = share(groups, target.kind, groups.full_widths() | {g: rungs[0] for g, rungs in ladders.rungs.items()})
     if smallest > target.share:
-        raise InputError(_unreachable(groups, target, round_to, smallest))
-    if round_to == 1:
-        steps = _steps(groups, ladders, lambda group, lower, upper: order(group, (lower + upper) / 2))
-        return _climb(groups, target, ladders, steps)
-    every = Ladders({g: range(rungs[0], groups[g].size + 1) for g, rungs in ladders.rungs.items()}, ())
-    wanted = _meet(groups, target, every, 1, order)
-    bill = _Bill(groups, target)
-
-    def far(group: str, lower: int, upper: int) -> float:
-        return ((lower + upper) / 2 - wanted[group]) / (upper - lower)
-
-    def worth(group: str, lower: int, upper: int) -> tuple[bool, float]:
-        away = far(group, lower, upper)
-        gain = bill.step(wanted | {group: lower}, {group: upper}) / bill.dense
-        return away > -0.5, away / gain if gain else away
-
-    keys = [lambda g, l, u: order(g, (l+u)/2), lambda g,l,u: (far(g,l,u), order(g,(l+u)/2)), lambda g,l,u: (*worth(g,l,u), order(g,(l+u)/2))]
-    found = [_climb(groups, target, ladders, _steps(groups, ladders, k)) for k in keys]
-    def dev(w):
-        d=[(w[g]-wanted[g])/round_to for g in ladders.rungs]
-        return (sum(x*x for x in d)/len(d))**.5
-    import os
-    if os.environ.get('SHOW'): print('    rms', [round(dev(w),3) for w in found], [round(share(groups,target.kind,w),4) for w in found])
-    return min(found, key=dev)
+        raise InputError(_unreachable(groups, target, round_to, smallest, has_floors=bool(floors)))
+    return ladders
 
 
-class _Bill:
-    def __init__(self, groups, target):
-        self.dense = groups.cost.of(target.kind, groups.full_widths())
-        self.terms_of = {group: [] for group in groups.by_id}
-        for term in _TERMS[target.kind](groups.cost):
-            for group in {name for factor in term.factors for name, _ in factor.terms}:
-                self.terms_of[group].append(term)
-    def step(self, widths, step):
-        touched = {id(term): term for group in step for term in self.terms_of[group]}.values()
-        raised = widths | step
-        return sum(term.at(raised) - term.at(widths) for term in touched)
-
-
-def _climb(groups, target, ladders, steps):
-    widths = groups.full_widths() | {group: rungs[0] for group, rungs in ladders.rungs.items()}
-    bill = _Bill(groups, target)
-    spent = groups.cost.of(target.kind, widths)
-    for wanted in steps:
-        step = {group: width for group, width in wanted.items() if width > widths[group]}
-        after = spent + bill.step(widths, step)
-        if after / bill.dense <= target.share:
-            widths, spent = widths | step, after
-    return widths
-
-
-def _steps(groups: Groups, ladders: Ladders, key: Callable[[str, int, int], Any]) -> list[dict[str, int]]:
-    """Return all steps of all ladders in the order of ``key(group, from, to)`` in which they are to be tried."""
-    sizes = groups.full_widths()
-    keyed = [
-        (key(group, lower, upper), {group: upper})
-        for group, rungs in ladders.rungs.items()
-        for lower, upper in pairwise(rungs)
-    ]
-    for together in ladders.together:
-        # A group of these may be on a full width that its ladder has: it takes no step.
-        last = [(group, ladders.rungs[group][-1], sizes[group]) for group in sorted(together)]
-        slowest = max(key(*step) for step in last if step[1] < step[2])
-        keyed.append((slowest, {group: sizes[group] for group in sorted(together)}))
-    return [step for _, step in sorted(keyed, key=lambda pair: pair[0])]
-
-
-def _unreachable(groups: Groups, target: Target, round_to: int, smallest: float) -> str:
+def _unreachable(groups: Groups, target: Target, round_to: int, smallest: float, *, has_floors: bool) -> str:
     if not groups.prunable:
         reasons = "; ".join(f"{group.id}: {group.kept_because}" for group in groups.groups[:3]) or "it has no groups"
         return f"target {target} cannot be met: no group of the network can be pruned ({reasons})"
-    rounding = f" with --round-to {round_to}" if round_to > 1 else ""
+    limits = [
+        *([f"--round-to {round_to}"] if round_to > 1 else []),
+        *(["these floors"] if has_floors else []),
+    ]
+    ways = [
+        *(["lower --round-to"] if round_to > 1 else []),
+        *(["lower a floor"] if has_floors else []),
+        *(["drop a --keep"] if any("--keep" in (group.kept_because or "") for group in groups.groups) else []),
+    ]
+    within = f" with {' and '.join(limits)}" if limits else ""
     reachable = f"{target.kind}={math.ceil(smallest * 1e4) / 1e4:g}"
-    hint = "lower --round-to, drop a --keep, or raise the target"
-    return f"target {target} cannot be met; the smallest reachable{rounding} is {reachable}: {hint}"
+    hint = f"{', '.join(ways)}, or raise the target" if ways else "raise the target"
+    return f"target {target} cannot be met; the smallest reachable{within} is {reachable}: {hint}"

@@ -106,11 +106,33 @@ def prune(
     ] = "digits",
     method: Annotated[str, typer.Option(help="A name of 'p2d methods'.")] = "l1",
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method.")] = None,
-    target: Annotated[str, typer.Option(help="What is to remain: macs=SHARE or params=SHARE.")] = "macs=0.5",
-    round_to: Annotated[int, typer.Option(min=1, help="Round tensor widths to multiples that keep the target.")] = 1,
+    target: Annotated[
+        str | None, typer.Option(help="What is to remain: macs=SHARE or params=SHARE; macs=0.5 unless given.")
+    ] = None,
+    round_to: Annotated[
+        str,
+        typer.Option(metavar="N|PRECISION", help="Round tensor widths to the nearest multiples that keep the target."),
+    ] = "1",
+    ranking: Annotated[
+        str | None,
+        typer.Option(help="uniform: all groups keep one share; global: channels compete. Else as the method does."),
+    ] = None,
+    widths_of: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Keep as many channels as this run does, in place of a target.")
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers whose parameters match whole.")
     ] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=WIDTH", help="Keep that many channels of matching groups, or that share (0.5)."),
+    ] = None,
+    floors: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The floors that 'p2d sensitivity' suggests: its JSON file.")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Train the pruned widths from new weights: a control.")
+    ] = False,
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Train the masked network on for so many epochs.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of fine-tuning.")] = 0.05,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
@@ -138,7 +160,14 @@ def prune(
     from prune2deploy.recipe import make_recipe, resolved
     from prune2deploy.report import read_report
     from prune2deploy.screen import run_summary
+    from prune2deploy.sensitivity import load_floors
 
+    if widths_of is not None:
+        _require_alone(
+            "--widths-of takes another run's widths as they are",
+            {"--target": target, "--ranking": ranking, "--floor": floor, "--floors": floors}
+            | ({} if round_to == "1" else {"--round-to": round_to}),
+        )
     recipe = make_recipe(
         {
             "network": network,
@@ -147,8 +176,11 @@ def prune(
             "samples": None if samples is None else str(samples),
             "method": method,
             "method_options": dict(_key_value(text) for text in option or []),
-            "target": target,
-            "round_to": round_to,
+            "target": "macs=0.5" if target is None else target,
+            "round_to": _round_to(round_to),
+            "ranking": ranking,
+            "floors": (load_floors(floors) if floors else {}) | dict(_floor(text) for text in floor or []),
+            "from_scratch": from_scratch,
             "keep": tuple(keep or ()),
             "recalibrate": recalibrate,
             "input_shape": next(iter(_shapes([input_] if input_ else None).values()), None),
@@ -160,8 +192,11 @@ def prune(
             "finetune": {"epochs": finetune_epochs, "learning_rate": learning_rate, "batch_size": batch_size},
         }
     )
+    recipe = resolved(recipe, Path.cwd())
+    if widths_of is not None:
+        recipe = recipe.model_copy(update={"widths": pipeline.widths_of_run(widths_of, recipe.network)})
     with _live() as live:
-        pipeline.prune(resolved(recipe, Path.cwd()), run, note=live.note, on_progress=live.training)
+        pipeline.prune(recipe, run, note=live.note, on_progress=live.training)
     _emit({"prune": read_report(run)["prune"]}, run_summary(run), as_json=as_json)
     _say(f"next: p2d {'bench' if recipe.is_onnx else 'export'} {run}", as_json=as_json)
 
@@ -179,6 +214,32 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def _require_alone(reason: str, others: dict[str, Any]) -> None:
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise InputError(f"{reason}; leave {given[0]} out")
+
+
+def _round_to(text: str) -> int | str:
+    from prune2deploy.rounding import multiple_of
+
+    value = int(text) if text.isdecimal() else text
+    multiple_of(value)
+    return value
+
+
+def _floor(text: str) -> tuple[str, float]:
+    pattern, _, width = (part.strip() for part in text.rpartition("="))
+    try:
+        value = int(width) if width.isdecimal() else float(width)
+    except ValueError:
+        value = 0
+    fits = value >= 1 if isinstance(value, int) else 0 < value <= 1
+    if not pattern or not fits:
+        raise InputError(f"--floor '{text}' is not PATTERN=WIDTH; write it like 'layer1.*=8' or 'layer1.*=0.5'")
+    return pattern, value
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
@@ -242,7 +303,9 @@ def _require_success(run: Path, *, strict: bool) -> None:
 def slim(
     model: Model,
     target: Annotated[Path, typer.Option("-o", "--out", metavar="SLIM.onnx", help="The slim file.")],
-    round_to: Annotated[int, typer.Option(min=1, help="Keep dead channels so that widths are multiples.")] = 1,
+    round_to: Annotated[
+        str, typer.Option(metavar="N|PRECISION", help="Keep dead channels so that widths are multiples.")
+    ] = "1",
     rtol: Annotated[float, typer.Option(help="Difference allowed, relative to each output channel's scale.")] = 1e-4,
     drop: Annotated[
         Path | None,
@@ -274,6 +337,7 @@ def slim(
     """
     from rich.console import Group
 
+    from prune2deploy.rounding import multiple_of
     from prune2deploy.screen import proof_lines, reasons_tree, slim_summary
     from prune2deploy.slim import Options, reasons, slim_file, slim_section
 
@@ -282,7 +346,7 @@ def slim(
         raise InputError(f"--range '{range_}' is not LOW,HIGH; write it like 0,255")
     if range_ is not None and tolerance is None:
         raise InputError("--range is for the bound of --tolerance, which is not given; leave it out")
-    options = Options(round_to, rtol, drop, tolerance, (ends[0], ends[1]))
+    options = Options(multiple_of(_round_to(round_to)), rtol, drop, tolerance, (ends[0], ends[1]))
     with _live() as live:
         slimmed = slim_file(model, target, options, shapes=_shapes(input_), note=live.note)
     section = slim_section(model, target, slimmed)
@@ -443,6 +507,102 @@ _RESULTS = (
     ("masks.safetensors", "masks"),
     ("recipe.toml", "recipe"),
 )
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Methods, targets, seeds and what they share.")],
+    target: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the comparison.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at once on this machine.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run trials on a ray cluster: local, auto, or its address.")
+    ] = None,
+    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Time the slim graphs after all trials.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compare methods x targets x seeds with controls at equal widths: one table and the accuracy-latency picture.
+
+    What is done is skipped, so the same command goes on after a kill.
+    """
+    from prune2deploy import compare as comparing
+    from prune2deploy.comparison import HEAD, cells
+    from prune2deploy.screen import plain_table
+
+    loaded = comparing.load_compare_recipe(recipe)
+    with _live() as live:
+        found = comparing.compare(
+            loaded, target, jobs=jobs, ray=ray, bench=bench, note=live.note, on_trial=live.trials
+        )
+    _emit(found, plain_table(HEAD, [cells(row) for row in found["rows"]]), as_json=as_json)
+    for name, what in (("compare.html", "page"), ("compare.md", "table"), ("compare.json", "numbers")):
+        _say(f"{what:<14} {target / name}", as_json=as_json)
+
+
+@app.command()
+def sensitivity(
+    network: Annotated[str, typer.Argument(metavar="NETWORK", help="A name of 'p2d networks', or FILE.py:FACTORY.")],
+    target: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the results.")],
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or .pt with tensors only.")] = None,
+    data: Annotated[
+        str, typer.Option(help="digits, cifar10:DIR, cifar100:DIR, imagefolder:DIR or FILE.py:FACTORY.")
+    ] = "digits",
+    method: Annotated[str, typer.Option(help="A name of 'p2d methods' that does not train.")] = "l1",
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method.")] = None,
+    shares: Annotated[str, typer.Option(help="Shares of a group's channels to remove.")] = "0.125,0.25,0.5,0.75",
+    images: Annotated[int, typer.Option(min=1, help="Held-out images to measure on, at most.")] = 2000,
+    recalibrate: Annotated[
+        bool,
+        typer.Option("--recalibrate/--no-recalibrate", help="Measure BatchNorm statistics anew each time, or do not."),
+    ] = True,
+    tolerance: Annotated[float, typer.Option(help="Share of top-1 that a suggested floor may cost.")] = 0.02,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave layers whose parameters match whole.")
+    ] = None,
+    input_: Annotated[
+        str | None, typer.Option("--input", metavar="NAME:SHAPE", help="Shape of one sample, as input:3,32,32.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="Normalisation by channel, as 0.5,0.5,0.5.")] = None,
+    std: Annotated[str | None, typer.Option(help="Normalisation by channel, as 0.2,0.2,0.2.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune every group of channels alone, measure the accuracy on held-out images, and suggest floors for 'p2d prune'.
+
+    A call that was interrupted goes on where it stopped. Nothing is trained.
+    """
+    from prune2deploy.recipe import make_recipe, resolved
+    from prune2deploy.screen import plain_table
+    from prune2deploy.sensitivity import NAME, Survey, measure_sensitivity
+    from prune2deploy.sensitivity_page import head, rows, write_sensitivity
+
+    survey = Survey(_numbers("--shares", shares) or (), images, recalibrate, tolerance)
+    recipe = make_recipe(
+        {
+            "network": network,
+            "weights": None if weights is None else str(weights),
+            "data": data,
+            "method": method,
+            "method_options": dict(_key_value(text) for text in option or []),
+            "keep": tuple(keep or ()),
+            "input_shape": next(iter(_shapes([input_] if input_ else None).values()), None),
+            "mean": _numbers("--mean", mean),
+            "std": _numbers("--std", std),
+            "seed": seed,
+            "device": device,
+            "threads": threads,
+        }
+    )
+    with _live() as live:
+        found = measure_sensitivity(
+            resolved(recipe, Path.cwd()), survey, target, note=live.note, on_group=live.groups
+        )
+        live.note("writing the page")
+        write_sensitivity(found, target / "sensitivity.html")
+    _emit({"sensitivity": found}, plain_table(head(found), rows(found)), as_json=as_json)
+    _say(f"page: {target / 'sensitivity.html'}", as_json=as_json)
+    _say(f"floors: p2d prune {network} ... --floors {target / NAME}", as_json=as_json)
 
 
 @app.command()

@@ -51,6 +51,10 @@ class Cost:
     macs_terms: tuple[Term, ...]
     parameter_terms: tuple[Term, ...]
 
+    def terms(self, kind: str) -> tuple[Term, ...]:
+        """Return the terms of ``macs`` or ``params``."""
+        return {"macs": self.macs_terms, "params": self.parameter_terms}[kind]
+
     def macs(self, widths: Widths) -> Any:
         """Return the multiply-adds of convolutions and linear layers for one sample."""
         return sum(term.at(widths) for term in self.macs_terms)
@@ -61,4 +65,4 @@ class Cost:
 
     def of(self, kind: str, widths: Widths) -> Any:
         """Return ``macs`` or ``parameters`` at these widths."""
-        return {"macs": self.macs, "params": self.parameters}[kind](widths)
+        return sum(term.at(widths) for term in self.terms(kind))

@@ -11,6 +11,7 @@ Figure = dict[str, Any]
 BEFORE, AFTER = "#c3cad5", "#2563eb"
 _ARMS = ("#2563eb", "#c2570c", "#0f766e", "#9333ea", "#b91c1c", "#4d7c0f")
 _BASELINE, _GRID, _INK = "#5b6577", "#e7eaef", "#1c2430"
+_EARLY, _LATE = (37, 99, 235), (194, 87, 12)
 _MARGIN = {"l": 8, "r": 12, "t": 40, "b": 8}
 _MOST_ROWS = 60
 _LONGEST_LABEL = 22
@@ -131,6 +132,112 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
         "yaxis2": _axis(title="top-1, %", overlaying="y", side="right", showgrid=False, tickmode="auto"),
     }
     return {"data": traces, "layout": layout}
+
+
+def pareto_front(points: Sequence[tuple[str, float, float]], front: Sequence[int], cost: str) -> Figure:
+    """Return accuracy over cost for (name, cost, accuracy), with a line through those that none beats in both."""
+    line = [points[index] for index in front]
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "none is better in both",
+            "x": [cost for _, cost, _ in line],
+            "y": [100 * accuracy for _, _, accuracy in line],
+            "line": {"color": AFTER, "width": 2, "dash": "dot"},
+            "hoverinfo": "skip",
+        },
+        {
+            "type": "scatter",
+            "mode": "markers+text",
+            "showlegend": False,
+            "x": [cost for _, cost, _ in points],
+            "y": [100 * accuracy for _, _, accuracy in points],
+            "text": [escape(name) for name, _, _ in points],
+            "textposition": ["top center" if place % 2 else "bottom center" for place in range(len(points))],
+            "marker": {"size": 10, "color": [AFTER if i in front else _BASELINE for i in range(len(points))]},
+            "hovertemplate": "%{text}: %{y:.2f} % at %{x:.3f}<extra></extra>",
+        },
+    ]
+    layout = _layout(460) | {"xaxis": _axis(title=cost), "yaxis": _axis(title="top-1 after fine-tuning, %")}
+    return {"data": traces, "layout": layout}
+
+
+def sensitivity_curves(groups: Sequence[Mapping[str, Any]], dense: float, least: float) -> Figure:
+    """Return top-1 over the share removed, a line for every group (of `sensitivity`'s document), and the least wanted.
+
+    Early groups are blue and late ones orange, since often one end of a network can spare less; the worst are named.
+    """
+    traces = []
+    for place, group in enumerate(groups):
+        late = place / max(1, len(groups) - 1)
+        color = "#" + "".join(f"{round((1 - late) * a + late * b):02x}" for a, b in zip(_EARLY, _LATE, strict=True))
+        name = escape(str(group["id"]))
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": name,
+                "x": [0, *(100 * point["share"] for point in group["points"])],
+                "y": [100 * dense, *(100 * point["top1"] for point in group["points"])],
+                "line": {"color": color, "width": 2},
+                "marker": {"size": 5},
+                "customdata": [group["size"], *(point["width"] for point in group["points"])],
+                "hovertemplate": f"{name}, %{{customdata}} of {group['size']} channels: %{{y:.2f}} %<extra></extra>",
+            }
+        )
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 100 * least, "y1": 100 * least}
+    shares = [100 * point["share"] for point in groups[0]["points"]]
+    worst = sorted(groups, key=lambda group: group["points"][-1]["top1"])[:3]
+    named = [
+        {"x": 100 * end["share"], "y": 100 * end["top1"], "text": _label(str(group["id"])), "xanchor": "left"}
+        | {"showarrow": False, "xshift": 6}
+        for group in worst
+        if (end := group["points"][-1])["top1"] < least
+    ]
+    layout = _layout(380, showlegend=False, margin=_MARGIN | {"t": 8}) | {
+        "xaxis": _axis(
+            title="% of the group's channels removed",
+            tickvals=[0, *shares],
+            range=[0, 1.25 * shares[-1]],  # room for the names
+        ),
+        "yaxis": _axis(title="held-out top-1, %"),
+        "shapes": [line | {"line": {"color": _INK, "width": 1, "dash": "dash"}}],
+        "annotations": named,
+    }
+    return {"data": traces, "layout": layout}
+
+
+def sensitivity_map(groups: Sequence[Mapping[str, Any]], dense: float) -> Figure:
+    """Return how many points of top-1 every group costs at every share (of `sensitivity`'s document), as a map."""
+    losses = [[100 * (dense - point["top1"]) for point in group["points"]] for group in groups]
+    widths = [[f"{point['width']} of {group['size']}" for point in group["points"]] for group in groups]
+    trace = {
+        "type": "heatmap",
+        "x": [f"{100 * point['share']:g} %" for point in groups[0]["points"]],
+        "y": list(range(len(groups))),
+        "z": losses,
+        "text": [[f"{loss:.1f}" for loss in row] for row in losses],
+        "texttemplate": "%{text}",
+        "customdata": widths,
+        "hovertemplate": "%{customdata} channels: %{z:.2f} points less<extra></extra>",
+        "colorscale": [[0, "#ffffff"], [0.15, "#fde8c9"], [0.5, "#f0a35e"], [1, _ARMS[1]]],
+        "zmin": 0,
+        "zmax": max(5.0, *(loss for row in losses for loss in row)),
+        "showscale": False,
+        "xgap": 1,
+        "ygap": 1,
+    }
+    layout = _layout(100 + 22 * len(groups)) | {
+        "xaxis": _axis(title="share removed", side="top", type="category", showgrid=False),
+        "yaxis": _axis(
+            tickvals=list(range(len(groups))),
+            ticktext=[_label(str(group["id"])) for group in groups],
+            autorange="reversed",
+            showgrid=False,
+        ),
+    }
+    return {"data": [trace], "layout": layout}
 
 
 def _marks(values: Sequence[float], place: int, color: str, size: int, hover: str) -> Figure:

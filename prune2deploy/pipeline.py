@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prune2deploy.budget import Budget, Target
+from prune2deploy.budget import Budget, Target, resolve_floors
 from prune2deploy.environment import environment
 from prune2deploy.errors import DeviceError, InputError, StrictError, one_line
 from prune2deploy.files import read_json, require_file, sha256, write_json
@@ -20,6 +20,7 @@ from prune2deploy.groups import Groups
 from prune2deploy.masks import Masks, load_masks, widths
 from prune2deploy.recipe import Recipe, load_recipe
 from prune2deploy.report import read_report, update_section, write_samples
+from prune2deploy.rounding import multiple_of
 from prune2deploy.slim import Note, slim_file
 
 if TYPE_CHECKING:
@@ -142,15 +143,37 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
         prune_network(recipe, run, note=note, on_progress=on_progress)
 
 
-def budget_of(recipe: Recipe) -> Budget:
+def budget_of(recipe: Recipe, groups: Groups | None = None) -> Budget:
     """Return the recipe's budget: the widths that it gives, or its target.
 
+    The recipe's floors are of patterns, so they are left out where there are no ``groups`` yet.
+
     Raises:
-        InputError: if the target cannot be read.
+        InputError: if the target cannot be read, or a floor fits no group.
     """
     if recipe.widths is not None:
         return Budget(None, widths=recipe.widths)
-    return Budget(Target.parse(recipe.target), recipe.round_to, recipe.floors, ranking=recipe.ranking)
+    floors = {} if groups is None else resolve_floors(groups, recipe.floors)
+    return Budget(Target.parse(recipe.target), multiple_of(recipe.round_to), floors, ranking=recipe.ranking)
+
+
+def widths_of_run(run: Path, network: str) -> dict[str, int]:
+    """Return how many channels each group of another run keeps.
+
+    Args:
+        run: the run's folder.
+        network: the network that is to get these widths, as recipes spell it.
+
+    Raises:
+        InputError: if it is no run that was pruned, or one of another network.
+    """
+    other = load_run(run)
+    if other.network != network:
+        raise InputError(
+            f"--widths-of '{run}' is a run of '{other.network}', whose groups are not those of '{network}'; name a run "
+            "of the same network"
+        )
+    return widths(load_masks(run / "masks.safetensors"))
 
 
 @contextmanager
@@ -201,7 +224,8 @@ def prune_section(recipe: Recipe, groups: Groups, masks: Masks, budget: Budget) 
         "method": recipe.method,
         "method_options": recipe.method_options,
         "target": None if budget.target is None else {"kind": budget.target.kind, "share": budget.target.share},
-        "round_to": recipe.round_to,
+        "round_to": budget.round_to,
+        "floors": dict(budget.floors),
         "seed": recipe.seed,
         "finetune_epochs": recipe.finetune.epochs,
         "groups": [{"id": group.id, "before": full[group.id], "after": kept[group.id]} for group in groups.groups],
@@ -246,10 +270,22 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
             save_model(normal_form(exported.model), run / f"{name}.onnx")
             agreement[name] = require_agreement(module, run / f"{name}.onnx", task.network.example_inputs)
         write_json(run / "source_map.json", read_json(run / "source_map.json") | exported.source_map)
-        update_section(run, "export", {"opset": exported.model.opset_import[0].version, "torch_difference": agreement})
+        section = {"opset": exported.model.opset_import[0].version, "torch_difference": agreement}
+        if method.adds_modules:  # the masked graph is larger than the network was
+            section["dense"] = graph_totals(run / "dense.onnx")
+        update_section(run, "export", section)
         slimmed = slim_file(run / "masked.onnx", run / "slim.onnx", samples=real_samples(task), run=run, note=note)
         require_promise(run)
         return slimmed
+
+
+def graph_totals(path: Path) -> dict[str, int]:
+    """Return the MACs and parameters of an ONNX file, counted as slimming counts them."""
+    from prune2deploy.graph.inspect import inspect_model
+    from prune2deploy.graph.model import load_model
+
+    found = inspect_model(load_model(path))
+    return {name: found[name]["before"] for name in ("macs", "parameters")}
 
 
 def load_run(run: Path) -> Recipe:
@@ -284,7 +320,8 @@ def real_samples(task: Loaded) -> dict[str, np.ndarray]:
 def require_promise(run: Path) -> None:
     """Note in the report where the slim graph does not cost what the cost model promised."""
     report = read_report(run)
-    promised = report["prune"]["macs"]["pruned"]
+    added = (report["prune"].get("method_report") or {}).get("added_macs", 0)  # what the method leaves in the network
+    promised = report["prune"]["macs"]["pruned"] + added
     reached = report["slim"]["macs"]["after"]
     if promised != reached:
         section = report["slim"]

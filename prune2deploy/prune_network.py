@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune2deploy.budget import protect
+from prune2deploy.budget import Budget, protect
 from prune2deploy.environment import environment
 from prune2deploy.errors import InputError
 from prune2deploy.files import write_bytes, write_json
@@ -49,7 +49,9 @@ def prune_network(
     if recipe.samples is not None:
         raise InputError(f"--samples is for ONNX files; give the images of '{recipe.network}' with --data")
     method = load_method(recipe.method, **recipe.method_options)
-    budget = budget_of(recipe)
+    if recipe.from_scratch and method.adds_modules:
+        raise InputError(f"from_scratch needs a network that masks make smaller, and '{recipe.method}' has none")
+    budget_of(recipe)  # what is wrong with it is wrong before the network is loaded
     note("loading the network and the data")
     loaded = load_task(recipe)
     module = loaded.network.module
@@ -60,11 +62,13 @@ def prune_network(
             analysis = export_network(module, loaded.network.example_inputs, fuse=False)
             serialized = analysis.model.SerializeToString(deterministic=True)
             groups = protect(find_groups(analysis.model), recipe.keep)
+        budget = budget_of(recipe, groups)
         dense = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         accuracy: dict[str, Any] = {"dense": _accuracy(loaded, "dense", note, seconds), "finetuned": None}
         task = _training_task(loaded, note, on_progress)
-        result = _chosen(method, loaded, groups, task, seconds)
+        result = _chosen(method, loaded, groups, budget, task, seconds)
         outcome = _train(loaded, groups, result, task, accuracy, seconds)
+        outcome["warnings"].extend(result.report.get("warnings", []))
         if method.needs_finetuning and not recipe.finetune.epochs:
             why = method.needs_finetuning
             outcome["warnings"].append(f"'{recipe.method}' {why}: of no use before --finetune-epochs")
@@ -102,12 +106,14 @@ def _training_task(loaded: Loaded, note: Note, on_progress: Callable[[Any], None
     )
 
 
-def _chosen(method: Method, loaded: Loaded, groups: Groups, task: Task, seconds: dict[str, float]) -> PruneResult:
+def _chosen(
+    method: Method, loaded: Loaded, groups: Groups, budget: Budget, task: Task, seconds: dict[str, float]
+) -> PruneResult:
     """Train the network in place where the method does, and return what it chooses then."""
     from prune2deploy.apply import weights_of
     from prune2deploy.methods.base import Context
 
-    recipe, budget = loaded.recipe, budget_of(loaded.recipe)
+    recipe = loaded.recipe
     module = loaded.network.module.to(recipe.device)
     state = None
     if method.needs.trains_weights or method.phases:

@@ -62,7 +62,8 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
     from prune2deploy.graph.recalibrate import norms_of
 
     source = Path(recipe.network)
-    method, budget = load_method(recipe.method, **recipe.method_options), pipeline.budget_of(recipe)
+    method = load_method(recipe.method, **recipe.method_options)
+    pipeline.budget_of(recipe)  # what is wrong with it is wrong before the file is read
     _require_possible(recipe, method, run)
     note("reading the file")
     dense = pipeline.normal_form(load_model(source))
@@ -76,6 +77,7 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
         with pipeline.timed(seconds, "groups"):
             note("finding the groups")
             groups = _groups(dense, recipe, inputs)
+            budget = pipeline.budget_of(recipe, groups)
         _require_costs(groups, budget, source)
         with pipeline.timed(seconds, "selection"):
             note(f"choosing channels by {recipe.method}")

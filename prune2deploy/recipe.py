@@ -5,19 +5,39 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import require_file, write_bytes
+from prune2deploy.rounding import multiple_of
 
 PATH_FIELDS = ("weights", "samples")
 SPEC_FIELDS = ("network", "data")
 """Fields like ``kind:PATH``, ``PATH.py:factory`` or ``PATH.onnx``, whose paths are taken from the recipe's folder."""
 
 
+def _round_to(value: Any) -> Any:
+    try:
+        multiple_of(value)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+def _floor(value: Any) -> Any:
+    is_count = type(value) is int and value >= 1
+    if not is_count and not (type(value) is float and 0 < value <= 1):
+        raise ValueError("a floor is a number of channels from 1, or a share such as 0.5")
+    return value
+
+
 Whole = Annotated[int, Field(strict=True)]
 Real = Annotated[float, Field(strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
+Multiple = Annotated[int | str, PlainValidator(_round_to)]
+"""A number, or the precision whose multiple is wanted: see `rounding.multiple_of`."""
+Floor = Annotated[int | float, PlainValidator(_floor)]
+"""A number of channels (int), or a share of a group's channels (float)."""
 
 
 class Strict(BaseModel):
@@ -59,9 +79,9 @@ class Recipe(Strict):
     target: str = "macs=0.5"
     widths: dict[str, Whole] | None = None
     ranking: Literal["uniform", "global"] | None = None
-    floors: dict[str, Whole] = Field(default_factory=dict)
+    floors: dict[str, Floor] = Field(default_factory=dict)
     from_scratch: Switch = False
-    round_to: Whole = Field(default=1, ge=1)
+    round_to: Multiple = 1
     keep: tuple[str, ...] = ()
     recalibrate: Switch = False
     input_shape: tuple[Whole, ...] | None = None
@@ -93,7 +113,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**values)
     except ValidationError as error:
-        raise InputError(_first(error, "the recipe")) from error
+        raise InputError(first_problem(error, "the recipe")) from error
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -109,7 +129,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         recipe = Recipe(**values)
     except (ValidationError, TypeError) as error:
-        reason = _first(error, f"'{path}'") if isinstance(error, ValidationError) else one_line(error)
+        reason = first_problem(error, f"'{path}'") if isinstance(error, ValidationError) else one_line(error)
         raise InputError(reason) from error
     return resolved(recipe, path.parent)
 
@@ -142,10 +162,12 @@ def _absolute_spec(spec: str, folder: Path) -> str:
     return spec
 
 
-def _first(error: ValidationError, where: str) -> str:
+def first_problem(error: ValidationError, where: str, wanted: type[BaseModel] = Recipe) -> str:
+    """Return the first value that does not fit ``wanted``, in one line."""
     problem = error.errors()[0]
     place = ".".join(str(part) for part in problem["loc"]) or "a value"
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(sorted(Recipe.model_fields))
-        return f"{where} has an unknown key '{place}'; the keys are {known}, and those of [finetune] and [bench]"
-    return one_line(f"{where}: '{place}' is {problem.get('input')!r}, which does not fit: {problem['msg']}")
+        known = ", ".join(sorted(wanted.model_fields))
+        return f"{where} has an unknown key '{place}'; the keys are {known}, and those of the tables in it"
+    reason = problem["msg"].removeprefix("Value error, ")  # what a check of ours says is a sentence of its own
+    return one_line(f"{where}: '{place}' is {problem.get('input')!r}, which does not fit: {reason}")

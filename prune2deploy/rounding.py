@@ -11,6 +11,30 @@ from dataclasses import dataclass
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups
 
+MULTIPLES: Mapping[str, int] = {"fp32": 4, "tf32": 4, "fp16": 8, "bf16": 8, "int8": 16}
+"""Precision -> the multiple that tensor cores want widths to be: as many channels as fill 16 bytes.
+
+NVIDIA's deep learning performance guide asks for 4 in TF32, 8 in FP16 and 16 in INT8; the fp32 rule is that of vector
+loads, which are as wide.
+"""
+
+RoundTo = int | str
+"""A multiple, or the precision (of `MULTIPLES`) whose multiple is wanted."""
+
+
+def multiple_of(round_to: RoundTo) -> int:
+    """Return the multiple that ``--round-to`` asks for.
+
+    Raises:
+        InputError: if it is neither a whole number from 1 nor a precision.
+    """
+    if isinstance(round_to, int) and not isinstance(round_to, bool) and round_to >= 1:
+        return round_to
+    if isinstance(round_to, str) and round_to in MULTIPLES:
+        return MULTIPLES[round_to]
+    known = ", ".join(f"{name} ({multiple})" for name, multiple in MULTIPLES.items())
+    raise InputError(f"--round-to '{round_to}' is neither a whole number from 1 nor a precision; there are {known}")
+
 
 @dataclass(frozen=True)
 class _Tensor:

@@ -48,6 +48,14 @@ class Live:
         detail = f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}"
         self._progress.update(self._task, total=total, completed=done, detail=detail)
 
+    def trials(self, done: int, total: int) -> None:
+        """Show how many trials of a comparison are done, of those known so far."""
+        self._progress.update(self._task, total=total, completed=done, detail=f"trial {done}/{total}")
+
+    def groups(self, done: int, total: int) -> None:
+        """Show how many groups were pruned alone."""
+        self._progress.update(self._task, total=total, completed=done, detail=f"{done}/{total} groups done")
+
     def rounds(self, done: int, total: int) -> None:
         """Show how many rounds of sessions were timed."""
         self._progress.update(self._task, total=total, completed=done, detail=f"round {done}/{total}")

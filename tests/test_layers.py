@@ -74,6 +74,7 @@ TABLE = {
     "figures": Row((*BASE, *PAGE), names("numpy"), names("plotly")),
     "page": Row((*BASE, *PAGE), names("numpy"), names("plotly")),
     "comparison": Row(BASE, names("numpy")),
+    "sensitivity_page": Row((*BASE, *PAGE, "page")),
     "comparison_page": Row((*BASE, *PAGE, "page", "comparison")),
     # what a terminal shows
     "screen": Row((*BASE, *PAGE), names("rich")),
@@ -83,6 +84,7 @@ TABLE = {
     "prune_network": Row(ANY, names("numpy"), names("torch")),
     "compare": Row(ANY, names("pydantic"), names("ray")),
     "prune_onnx": Row(ANY, names("numpy"), names("torch onnx")),
+    "sensitivity": Row(ANY, names("numpy"), names("torch")),
     "pruner": Row(ANY, names("numpy torch")),
     "cli": Row(("__init__", "errors"), names("typer rich"), names("click"), ANY),
     "__main__": Row(("cli",)),
