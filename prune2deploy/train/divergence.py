@@ -18,7 +18,7 @@ class Watch:
     Args:
         classes: number of classes.
         is_cross_entropy: whether the loss is plain cross-entropy, so that its level has a meaning.
-        warm_up: epochs in which the rate rises, rounded up; the second rule leaves them out.
+        warm_up: epochs that the second rule leaves out: those in which the rate rises, and the first.
     """
 
     def __init__(self, classes: int, *, is_cross_entropy: bool, warm_up: int) -> None:

@@ -180,7 +180,7 @@ class _Training:
         self.watch = Watch(
             data.num_classes,
             is_cross_entropy=hooks.loss is None,
-            warm_up=math.ceil(self.warm_up / self.steps),
+            warm_up=max(1, math.ceil(self.warm_up / self.steps)),
         )
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.results: list[EpochResult] = []

@@ -50,7 +50,7 @@ def distill_loss(
         teacher.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         bf16 = uses_bf16(precision, images.device)
         with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-            taught = logits_of(teacher, images, logits.shape[1])
+            taught = logits_of(teacher, images, logits.shape[1]).detach()  # which views of parameters need
         soft = F.kl_div(
             F.log_softmax(logits / temperature, 1),
             F.log_softmax(taught / temperature, 1),
