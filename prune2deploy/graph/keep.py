@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,13 +77,29 @@ def analyse(tables: Tables, *, round_to: int = 1) -> Analysis:
     return settle(tables, channel_facts(tables), round_to=round_to)
 
 
-def settle(tables: Tables, known: Known, *, round_to: int = 1) -> Analysis:
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """All nodes are to stay as they are, only narrower: what a network that is run by the same code needs.
+
+    Attributes:
+        live: (node index, slot) -> positions that count as live there.
+        ties: further constraints of a node, besides its rule's.
+    """
+
+    live: Mapping[tuple[int, int], np.ndarray]
+    ties: Callable[[Node, Positions], Iterable[Constraint]]
+
+
+def settle(tables: Tables, known: Known, *, round_to: int = 1, whole: Whole | None = None) -> Analysis:
     """Return the liveness and the kept positions of a graph whose facts are known."""
     forced: set[tuple[int, ...]] = set()
     risky: dict[tuple[int, int], np.ndarray] = {}
+    if whole is not None:
+        forced = {(node.index, slot) for node in tables.nodes for slot in node.value_slots}
+        risky = dict(whole.live)
     while True:  # what was left out and then kept for a count's sake comes back: rare, and monotone
-        liveness = live_channels(tables, known, forced, risky)
-        keep, tripped = kept_channels(tables, known, liveness, round_to=round_to)
+        liveness = live_channels(tables, known, forced, risky, cut_constants=whole is None)
+        keep, tripped = kept_channels(tables, known, liveness, round_to=round_to, whole=whole)
         found = _risky(tables, known, liveness, keep)
         if tripped <= forced and not found:
             return Analysis(tables, known, liveness, keep, round_to)
@@ -138,7 +154,7 @@ def _risky(tables: Tables, known: Known, liveness: Liveness, keep: Keep) -> dict
 
 
 def kept_channels(
-    tables: Tables, known: Known, liveness: Liveness, *, round_to: int = 1
+    tables: Tables, known: Known, liveness: Liveness, *, round_to: int = 1, whole: Whole | None = None
 ) -> tuple[Keep, set[tuple[int, ...]]]:
     """Return the least set of positions that holds the live ones and satisfies every constraint, and what tripped."""
     positions = Positions()
@@ -146,6 +162,8 @@ def kept_channels(
         positions.add(value, known.view.facts[value].shape)
     blocks = list(positions.blocks())
     constraints = [constraint for _, constraint in owned_constraints(tables, known, liveness, positions, round_to)]
+    if whole is not None:
+        constraints += [constraint for node in tables.nodes for constraint in whole.ties(node, positions)]
     closed, class_of = close(positions.count, constraints, live_ids(positions, liveness))
     table = {(value, axis): closed[first : first + size] for value, axis, first, size in blocks}
     return Keep(table, class_of, positions), positions.tripped(closed)

@@ -40,11 +40,13 @@ def live_channels(
     known: Known,
     forced: Set[tuple[int, ...]] = frozenset(),
     risky: Mapping[tuple[int, int], np.ndarray] | None = None,
+    *,
+    cut_constants: bool = True,
 ) -> Liveness:
     """Return which positions can still change an output through a reader that cannot absorb them.
 
     ``forced`` are (node index, slot) pairs that count as needed even where their reader wants none of their positions;
-    ``risky`` are positions that count as live there.
+    ``risky`` are positions that count as live there. Without ``cut_constants`` what is constant is computed all the same.
     """
     facts = known.view.facts
     demands: dict[str, list[tuple[int, Demand]]] = {}
@@ -65,7 +67,7 @@ def live_channels(
 
     for node in reversed(tables.nodes):
         outs = [settle(operand.name) if operand.name else None for operand in node.outputs]
-        if _is_constant(node, outs, known, tables):
+        if cut_constants and _is_constant(node, outs, known, tables):
             constants.add(node.outputs[0].name)
             continue
         if all(mask is None for mask in outs):

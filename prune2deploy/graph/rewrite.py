@@ -102,13 +102,13 @@ def remove_dead_channels(model: onnx.ModelProto, *, round_to: int = 1) -> Slimme
     gone: set[int] = set()
     if analysis.changes:
         targets = list(graph.nodes)
-        writer, orders = _apply(graph, analysis)
+        writer, orders = apply_kept(graph, analysis)
         sizes = writer.sizes
         left = {id(node) for node in graph.nodes}
         gone = {index for index, node in enumerate(targets) if id(node) not in left}
         written = graph.tensors()
         kept["values"] = _kept_values(analysis, orders)
-        axes_by_name = _kept_initializers(analysis, writer.written, orders)
+        axes_by_name = kept_initializers(analysis, writer.written, orders)
         kept["initializers"] = {name: axes for name, axes in axes_by_name.items() if name in written}
     slim = to_model(graph, model)
     stamp(slim, "prune2deploy.version", __version__)
@@ -177,9 +177,9 @@ def _ordered(indices: np.ndarray, axis: Axis, orders: Orders) -> list[int]:
     return found
 
 
-def _apply(graph: gs.Graph, analysis: Analysis) -> tuple[_Writer, Orders]:
+def apply_kept(graph: gs.Graph, analysis: Analysis) -> tuple[Writer, Orders]:
     """Apply every live node's ``drop``; return what knows the new constants, and which channels changed their order."""
-    writer = _Writer(graph)
+    writer = Writer(graph)
     for node, target in zip(analysis.tables.nodes, list(graph.nodes), strict=True):
         rule = analysis.known.rules[node.index]
         if node.index in analysis.liveness.needed and rule is not None:
@@ -206,7 +206,7 @@ def _forget_shapes(graph: gs.Graph) -> None:
             tensor.shape = None
 
 
-def _kept_initializers(
+def kept_initializers(
     analysis: Analysis, written: dict[tuple[int, int], gs.Constant], orders: Orders
 ) -> dict[str, dict[str, Indices]]:
     """Return the kept old indices of the initializers that became smaller, by axis, under their new names.
@@ -240,7 +240,7 @@ def _chosen(mask: np.ndarray, part: Part, orders: Orders) -> Indices:
     return groups[0] if all(group == groups[0] for group in groups) else groups
 
 
-class _Writer:
+class Writer:
     """Collects new nodes and constants; a constant that several nodes share stays shared while they agree on it."""
 
     def __init__(self, graph: gs.Graph) -> None:
@@ -255,6 +255,10 @@ class _Writer:
         self.sizes: dict[tuple[int, int], int] = {}
         """The new size of each constant input that was written, by node and slot."""
         self.written: dict[tuple[int, int], gs.Constant] = {}
+        self.beside: set[int] = set()
+        """The nodes that others were put beside."""
+        self.passed: set[int] = set()
+        """The nodes that were left out, since they only pass an input on by now."""
 
     def fresh(self, wanted: str) -> str:
         """Return a tensor name that is not in use."""
@@ -347,7 +351,7 @@ class _Writer:
 class NodeEdit:
     """What one node's ``drop`` may see and do (see `rules.base.Edit`)."""
 
-    def __init__(self, analysis: Analysis, node: Node, target: gs.Node, writer: _Writer) -> None:
+    def __init__(self, analysis: Analysis, node: Node, target: gs.Node, writer: Writer) -> None:
         self._analysis = analysis
         self._node = node
         self._target = target
@@ -420,6 +424,7 @@ class NodeEdit:
         node = self._node_of(op_type, attributes, [source, *self._tables(made.name, constants)], made)
         self._target.inputs[slot] = made
         self._writer.insert(node, self._target)
+        self._writer.beside.add(self._node.index)
 
     def after(self, op_type: str, attributes: dict[str, object], *constants: np.ndarray) -> None:
         """Put a node after the first output, which takes the output's name; its other inputs are constants."""
@@ -428,6 +433,7 @@ class NodeEdit:
         self._target.outputs[0] = partial
         node = self._node_of(op_type, attributes, [partial, *self._tables(output.name, constants)], output)
         self._writer.insert(node, self._target, after=True)
+        self._writer.beside.add(self._node.index)
 
     def _node_of(self, op_type: str, attributes: dict[str, object], inputs: list[gs.Tensor], out: gs.Tensor) -> gs.Node:
         name = self._writer.fresh_node(f"{self._node.name}_{op_type.lower()}")
@@ -450,6 +456,7 @@ class NodeEdit:
         listed = self._tables(output.name, (sizes,)) if self._node.opset >= 13 else []
         attributes: dict[str, object] = {"axis": axis} if listed else {"axis": axis, "split": sizes.tolist()}
         name = self._writer.fresh_node(f"{self._node.name}_split")
+        self._writer.beside.add(self._node.index)
         self._writer.insert(gs.Node("Split", name, attributes, [target.inputs[slot], *listed], shares), target)
         for i, (piece, share, part) in enumerate(zip(pieces, shares, made, strict=True)):
             inputs: list[gs.Tensor] = [gs.Variable.empty() for _ in range(1 + max(slot, *piece.constants))]
@@ -482,6 +489,7 @@ class NodeEdit:
     def bypass(self, slot: int) -> None:
         """Let the readers of the node's output read this input in its place."""
         source, output = self._target.inputs[slot], self._target.outputs[0]
+        self._writer.passed.add(self._node.index)
         if any(output is tensor for tensor in self._writer._graph.outputs):
             self._target.op = "Identity"
             self._target.attrs.clear()

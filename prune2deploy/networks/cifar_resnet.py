@@ -6,6 +6,7 @@ IntelLabs/distiller (projection shortcuts, ``fc``), so their checkpoints load.
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,16 +14,33 @@ from prune2deploy.networks.init import initialise
 
 
 class ZeroPad(nn.Module):
-    """A shortcut without weights: every second pixel, zero channels on both sides."""
+    """A shortcut without weights: every second pixel, zero channels on both sides.
+
+    Of a narrow network it holds which of its input's channels it takes; no state dict has them.
+    """
+
+    taken: Tensor | None
 
     def __init__(self, extra: int, stride: int) -> None:
         super().__init__()
-        self.extra, self.stride = extra, stride
+        self.before, self.after, self.stride = extra, extra, stride
+        self.register_buffer("taken", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C + 2 * extra, H / stride, W / stride]."""
+        """Map [B, C, H, W] to [B, before + C + after, H / stride, W / stride]."""
         step = self.stride
-        return F.pad(x[:, :, ::step, ::step], (0, 0, 0, 0, self.extra, self.extra))
+        x = x[:, :, ::step, ::step]
+        if self.taken is not None:
+            x = x.index_select(1, self.taken)
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+    def narrow_channels(self, kept_in: Sequence[int], kept_out: Sequence[int]) -> None:
+        """Work on the channels that are left: the kept old indices of the input's and of the output's, in order."""
+        places = {old + self.before: new for new, old in enumerate(kept_in)}
+        taken = [places[old] for old in kept_out if old in places]
+        self.before = sum(old < self.before for old in kept_out)
+        self.after = len(kept_out) - self.before - len(taken)
+        self.taken = None if taken == list(range(len(kept_in))) else torch.tensor(taken, dtype=torch.long)
 
 
 def zero_pad_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:

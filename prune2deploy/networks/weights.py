@@ -83,7 +83,12 @@ def normalisation(metadata: Metadata) -> tuple[tuple[float, ...], tuple[float, .
     return mean, std
 
 
-def _read_safetensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+def read_safetensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        InputError: if it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -115,7 +120,7 @@ def _read_torch(path: Path) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
 
 
 _READERS: "dict[str, Callable[[Path], tuple[dict[str, torch.Tensor], dict[str, str]]]]" = {
-    ".safetensors": _read_safetensors,
+    ".safetensors": read_safetensors,
     ".pt": _read_torch,
     ".pth": _read_torch,
     ".tar": _read_torch,

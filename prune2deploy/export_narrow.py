@@ -1,0 +1,342 @@
+"""Write the narrow PyTorch network of a masked one: what its own modules need, found in its exported graph, and proved.
+
+`graph.narrow` says what is kept; here graph and modules meet. The result is built anew from the factory, as a user will
+build it, and must compute what the masked network does before its files get their names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from prune2deploy.errors import InputError, VerifyError
+from prune2deploy.exporter import Exported, export_network
+from prune2deploy.files import write_json
+from prune2deploy.graph.model import copy_of
+from prune2deploy.graph.narrow import Code, Narrowed, narrow
+from prune2deploy.graph.normal import normalise, to_model
+from prune2deploy.narrow import (
+    MANIFEST,
+    RESIZE,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    Narrowable,
+    example_inputs,
+    narrow_in_place,
+    run_named,
+    sampled,
+)
+from prune2deploy.networks import save_weights
+
+RTOL = 1e-4
+"""The difference allowed between the masked and the narrow network, of the largest output: they add up in other order."""
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowNetwork:
+    """A narrow network as it was written.
+
+    Attributes:
+        module: rebuilt from the factory, in eval mode.
+        macs, parameters: of convolutions and linear layers.
+        whole: what could not be narrow: ``node``, its ``module`` and ``source`` where they are known, and ``why``.
+        difference: the largest difference to the masked network, of its largest output.
+    """
+
+    module: nn.Module
+    macs: int
+    parameters: int
+    whole: list[dict[str, str]]
+    difference: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a report says of it."""
+        return {
+            "macs": self.macs,
+            "parameters": self.parameters,
+            "whole": self.whole,
+            "torch_difference": self.difference,
+        }
+
+
+def export_narrow(
+    masked: nn.Module,
+    inputs: Sequence[Tensor],
+    factory: Callable[[], nn.Module],
+    folder: Path,
+    *,
+    about: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    samples: Sequence[Tensor] = (),
+) -> NarrowNetwork:
+    """Write ``weights.safetensors`` and ``narrow.json`` to a folder, once the network that they give is proved.
+
+    Args:
+        masked: the network with silent or merged channels, on the CPU; it is not changed.
+        inputs: example inputs with a batch of at least 2.
+        factory: builds the dense network anew, with the masked one's modules and any weights.
+        folder: where the files go.
+        about: further entries of ``narrow.json``: the spec of the network and its options.
+        metadata: of ``weights.safetensors``.
+        samples: further inputs to prove it on, of one input's batch.
+
+    Raises:
+        InputError: if the network cannot be exported, or its code hard-codes a width; the module is named.
+        VerifyError: if the narrow network computes something else.
+    """
+    masked = copy.deepcopy(masked).eval()
+    exported = export_network(masked, inputs, fuse=False)
+    origins = _origins(masked, inputs, exported.model)
+    adaptable = {name for name, part in masked.named_modules() if isinstance(part, Narrowable)}
+    code = Code(frozenset(origins.values()), _biased(masked, exported), _nodes_of(adaptable, exported))
+    narrowed = narrow(exported.model, code)
+    tensors, parameters = _tensors(masked, origins, narrowed)
+    biases = {exported.source_map[node]["module"]: torch.from_numpy(array) for node, array in narrowed.biases.items()}
+    shown = [{"shape": list(one.shape), "dtype": str(one.dtype).removeprefix("torch.")} for one in inputs]
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        **(about or {}),
+        "parameters": parameters,
+        "biases": sorted([name, len(array)] for name, array in biases.items()),
+        "groups": {exported.source_map[node].get("module", ""): count for node, count in narrowed.groups.items()},
+        "modules": {path: _boundary(path, exported, narrowed) for path in sorted(adaptable)},
+        "inputs": shown,
+    }
+    tensors |= {f"{name}.bias": array for name, array in biases.items()}
+    module = factory().to("cpu").eval()
+    narrow_in_place(module, manifest, tensors)
+    manifest["outputs"] = [sampled(one).to_json() for one in run_named(module, example_inputs(shown))]
+    whole = _whole(narrowed, exported)
+    difference = _require_equal(masked, module, [example_inputs(shown), tuple(inputs), *([one] for one in samples)])
+    if difference > RTOL:
+        raise _differs(difference, module, inputs, exported, narrowed)
+    manifest["whole"] = whole
+    save_weights(tensors, folder / WEIGHTS, metadata)
+    write_json(folder / MANIFEST, manifest)
+    cost = narrowed.after()
+    return NarrowNetwork(module, cost.macs, cost.parameters, whole, difference)
+
+
+# --- which constant of the graph is which parameter -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A constant that holds a parameter in another form."""
+
+    name: str
+    transposed: bool
+
+
+def _origins(module: nn.Module, inputs: Sequence[Tensor], model: onnx.ModelProto) -> _Origins:
+    """Return for every parameter and buffer the constant of the graph that holds it.
+
+    The exporter computes with small constants: a gain's ``view(1, -1, 1, 1)`` is a constant of another name. Those
+    are found again by exporting the network once more, with values that occur nowhere else in their place.
+    """
+    state = module.state_dict()
+    there = {tensor.name for tensor in _normal(model).graph.initializer}
+    names = {name: name for name in state if name in there}
+    lost = [name for name, tensor in state.items() if name not in there and _traceable(tensor)]
+    return _Origins(names, {} if not lost else _traced(module, inputs, lost, set(names)))
+
+
+class _Origins(dict[str, str]):
+    """Parameter -> constant; ``transposed`` are those that hold the matrix the other way round."""
+
+    def __init__(self, names: Mapping[str, str], turned: Mapping[str, _Turned]) -> None:
+        super().__init__({**names, **{name: found.name for name, found in turned.items()}})
+        self.transposed = {name for name, found in turned.items() if found.transposed}
+
+
+def _traceable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 1
+
+
+def _traced(
+    module: nn.Module, inputs: Sequence[Tensor], lost: Sequence[str], known: set[str]
+) -> dict[str, _Turned]:
+    probe = copy.deepcopy(module)
+    state, first = probe.state_dict(), 1
+    marks: dict[str, np.ndarray] = {}
+    for name in lost:
+        count = state[name].numel()
+        mark = torch.arange(first, first + count, dtype=torch.float64) / 2.0**12  # exact in float32 up to 16 million
+        state[name].copy_(mark.reshape(state[name].shape))
+        marks[name] = state[name].double().numpy()
+        first += count
+    found: dict[str, _Turned] = {}
+    for tensor in _normal(export_network(probe, inputs, fuse=False).model).graph.initializer:
+        if tensor.name in known or int(np.prod(tensor.dims)) < 2:
+            continue
+        array = numpy_helper.to_array(tensor)
+        for name, mark in marks.items():
+            if array.size != mark.size:
+                continue
+            if np.array_equal(array.ravel(), mark.ravel()):
+                found[name] = _Turned(tensor.name, transposed=False)
+            elif mark.ndim == 2 and array.shape == mark.shape[::-1] and np.array_equal(array.T, mark):
+                found[name] = _Turned(tensor.name, transposed=True)
+    return found
+
+
+def _normal(model: onnx.ModelProto) -> onnx.ModelProto:
+    return to_model(normalise(copy_of(model)), model)
+
+
+def _tensors(
+    module: nn.Module, origins: _Origins, narrowed: Narrowed
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return the narrow parameters and buffers, and what ``narrow.json`` says of each."""
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, tensor in module.state_dict().items():
+        constant = origins.get(name)
+        array = narrowed.arrays.get(constant or "")
+        kept: dict[str, Any] = {}
+        if array is not None and constant is not None:
+            found = {int(axis): indices for axis, indices in narrowed.kept.get(constant, {}).items()}
+            array, found = _in_own_form(array, found, tensor, transposed=name in origins.transposed)
+            kept = {str(axis): indices for axis, indices in found.items()}
+        new = tensor if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(tensor.dtype)
+        tensors[name] = new.detach().clone()
+        entries[name] = {"dense": list(tensor.shape), "narrow": list(new.shape), "kept": kept}
+    return tensors, entries
+
+
+def _in_own_form(
+    array: np.ndarray, kept: dict[int, Any], tensor: Tensor, *, transposed: bool
+) -> tuple[np.ndarray, dict[int, Any]]:
+    """Return a constant and its kept indices in the form of the parameter that it was made of."""
+    if transposed:
+        return array.T, {1 - axis: indices for axis, indices in kept.items()}
+    if array.ndim == tensor.ndim:
+        return array, kept
+    shape = list(tensor.shape)
+    own: dict[int, Any] = {}
+    for axis, indices in kept.items():  # a vector seen as [1, C, 1, 1], say: the only axis of that size
+        places = [place for place, size in enumerate(shape) if size > 1 and place not in own]
+        place = next((one for one in places if tensor.shape[one] > max(indices, default=0)), places[0])
+        own[place], shape[place] = indices, array.shape[axis]
+    return array.reshape(shape), own
+
+
+# --- modules and nodes ------------------------------------------------------------------------------------------------
+
+
+def _nodes_of(paths: set[str], exported: Exported) -> set[str]:
+    """Return the nodes of some modules and of those inside them."""
+    return {
+        node
+        for node, record in exported.source_map.items()
+        if any(f"{record.get('module', '')}.".startswith(f"{path}.") for path in paths)
+    }
+
+
+def _biased(module: nn.Module, exported: Exported) -> set[str]:
+    """Return the nodes of layers that can be given a bias: the only node of a module that has none yet."""
+    parts = dict(module.named_modules())
+    by_module: dict[str, list[str]] = {}
+    for node, record in exported.source_map.items():
+        by_module.setdefault(record.get("module", ""), []).append(node)
+    return {
+        nodes[0]
+        for path, nodes in by_module.items()
+        if len(nodes) == 1 and isinstance(parts.get(path), _LAYERS) and parts[path].bias is None
+    }
+
+
+_LAYERS = tuple(kind for kind in RESIZE if issubclass(kind, nn.Linear | nn.modules.conv._ConvNd))
+
+
+def _boundary(path: str, exported: Exported, narrowed: Narrowed) -> dict[str, list[int]]:
+    """Return the kept channels of what a module reads and of what it gives out."""
+    inside = _nodes_of({path}, exported)
+    nodes = [node for node in narrowed.before.graph.node if node.name in inside]
+    made = {name for node in nodes for name in node.output}
+    constants = {tensor.name for tensor in narrowed.before.graph.initializer}
+    others = (node for node in narrowed.before.graph.node if node.name not in inside)
+    wanted = {name for node in others for name in node.input} | {one.name for one in narrowed.before.graph.output}
+    ends = {
+        "in": {name for node in nodes for name in node.input if name and name not in made | constants},
+        "out": made & wanted,
+    }
+    found: dict[str, list[int]] = {}
+    for end, names in ends.items():
+        kept = [narrowed.kept_channels(name) for name in sorted(names)]
+        if len(kept) != 1 or kept[0] is None:
+            raise InputError(
+                f"module '{path}' has narrow_channels(), but not one input and one output with channels on axis 1; "
+                "leave that method out, or divide the module"
+            )
+        found[end] = kept[0]
+    return found
+
+
+def _whole(narrowed: Narrowed, exported: Exported) -> list[dict[str, str]]:
+    """Return what could not be narrow, by module and source line."""
+    return [{"node": node, "why": why, **exported.source_map.get(node, {})} for node, why in narrowed.whole.items()]
+
+
+def named(entry: Mapping[str, str]) -> str:
+    """Return in words which code a node is of."""
+    place = f"module '{entry['module']}'" if entry.get("module") else "the network itself"
+    return f"{place} ({entry['source']})" if entry.get("source") else f"{place}, node '{entry.get('node', '')}'"
+
+
+# --- proof ------------------------------------------------------------------------------------------------------------
+
+
+def _require_equal(masked: nn.Module, module: nn.Module, cases: Sequence[Sequence[Tensor]]) -> float:
+    """Return the largest difference of two networks, of the largest output; infinite where shapes differ."""
+    worst = 0.0
+    for inputs in cases:
+        wanted, found = run_named(masked, inputs), run_named(module, inputs)
+        if [one.shape for one in wanted] != [one.shape for one in found]:
+            return float("inf")
+        for want, got in zip(wanted, found, strict=True):
+            scale = max(float(want.double().abs().max()), 1e-12) if want.numel() else 1.0
+            gap = float((want.double() - got.double()).abs().max()) if want.numel() else 0.0
+            worst = max(worst, gap / scale if gap == gap else float("inf"))
+    return worst
+
+
+def _differs(
+    difference: float, module: nn.Module, inputs: Sequence[Tensor], exported: Exported, narrowed: Narrowed
+) -> Exception:
+    """Return the error for a narrow network that computes something else: the first node that its code made otherwise."""
+    again = _normal(export_network(module, inputs, fuse=False).model)
+    wanted = {node.name: node for node in narrowed.model.graph.node}
+    mine, theirs = _small(again, module), _small(narrowed.model, module)
+    for node in again.graph.node:
+        other = wanted.get(node.name)
+        if other is None:
+            continue
+        same = node.op_type == other.op_type and sorted(map(str, node.attribute)) == sorted(map(str, other.attribute))
+        pairs = zip(node.input, other.input, strict=False)
+        if not same or any(mine.get(a, "") != theirs.get(b, "") for a, b in pairs):
+            place = named({"node": node.name, **exported.source_map.get(node.name, {})})
+            return InputError(
+                f"{place} hard-codes a width, so the narrow network computes something else; "
+                "let its forward() take the width from the tensor's shape"
+            )
+    return VerifyError(f"the narrow network differs from the masked one by {difference:.1e} of its largest output")
+
+
+def _small(model: onnx.ModelProto, module: nn.Module) -> dict[str, str]:
+    """Return the graph's constants that are no parameters, as text."""
+    own = module.state_dict().keys()
+    return {
+        tensor.name: str(numpy_helper.to_array(tensor).tolist())
+        for tensor in model.graph.initializer
+        if tensor.name not in own and int(np.prod(tensor.dims)) <= 64
+    }
