@@ -184,7 +184,8 @@ class AdaPruner(Method):
         if budget.target is None:
             return Structure(budget.common_widths(groups), None)
         line = Line.of(importance, groups, budget, self.least)
-        floors = {**budget.floors, **line.lowest}
+        held = {group: width for group, width in line.lowest.items() if width > max(1, budget.min_keep)}
+        floors = {**budget.floors, **held}
         with self._advice():
             masks = replace(budget, floors=floors).masks(line.scores(), groups, "global")
         t = None if budget.ranking else bisected(line, groups, budget)
@@ -194,11 +195,11 @@ class AdaPruner(Method):
     def _advice(self) -> Iterator[None]:
         """Add to the refusal of a target what the method's own options have to do with it."""
         hints = [f"lower --option least={self.least:g}"] if self.least else []
-        hints += ["take --option scope=all"] if self.scope == "inner" else []
+        hints += ["give --option scope=all"] if self.scope == "inner" else []
         try:
             yield
         except InputError as error:
-            raise InputError(f"{error}, {' or '.join(hints)}" if hints else str(error)) from error
+            raise InputError("; or ".join([str(error), *hints])) from error
 
     def _candidates(
         self, weights: Weights, groups: Groups, wanted: Mapping[str, int]
