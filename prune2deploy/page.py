@@ -75,10 +75,11 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
         tag("main", *([_summary(loaded)] if len(loaded) > 1 else []), *(_run_part(part) for part in loaded)),
         tag("footer", tag("p", _footer(loaded), class_="soft small")),
     ]
-    write_bytes(out, _document(body, drawn).encode())
+    write_bytes(out, document(body, drawn).encode())
 
 
-def _document(body: Sequence[Html], drawn: Mapping[str, Figure]) -> str:
+def document(body: Sequence[Html], drawn: Mapping[str, Figure]) -> str:
+    """Return a whole page that needs no network: its body, and the figures by the ids of the elements they go to."""
     from plotly.offline import get_plotlyjs
 
     style = files("prune2deploy").joinpath("page.css").read_text(encoding="utf-8")

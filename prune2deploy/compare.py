@@ -1,0 +1,410 @@
+"""Compare methods: trials for methods x targets x seeds and their controls, some at once, resumed after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from prune2deploy import comparison, pipeline
+from prune2deploy.budget import Target
+from prune2deploy.comparison import Trial
+from prune2deploy.environment import environment
+from prune2deploy.errors import DeviceError, InputError, P2DError, one_line
+from prune2deploy.files import read_json, require_file, write_bytes, write_json
+from prune2deploy.masks import load_masks, widths
+from prune2deploy.methods import describe_options, load_method, method_class
+from prune2deploy.recipe import Recipe, Strict, Whole, first_problem, resolved
+from prune2deploy.report import read_report
+from prune2deploy.slim import Note
+
+SCHEMA_VERSION = 1
+
+
+class Published(Strict):
+    """A result of a paper, to hold ours against: top-1 and that of its dense network, as shares."""
+
+    method: str
+    text: str
+    top1: float = Field(gt=0, lt=1)
+    dense: float | None = Field(default=None, gt=0, lt=1)
+
+
+class CompareRecipe(Strict):
+    """What is compared; ``recipe`` is what all trials share, of which method, target and seed are replaced."""
+
+    methods: tuple[str, ...] = Field(min_length=1)
+    targets: tuple[str, ...] = Field(default=("macs=0.5",), min_length=1)
+    seeds: tuple[Whole, ...] = Field(default=(0,), min_length=1)
+    controls: tuple[comparison.Control, ...] = comparison.CONTROLS
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+    recipe: Recipe
+
+    def wants_graph(self, planned: Planned) -> bool:
+        """Whether a trial's graphs are exported, verified and timed: those of the first seed of every method."""
+        return not planned.control and planned.recipe.seed == self.seeds[0]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial that is to be run, or was."""
+
+    name: str
+    recipe: Recipe
+    target: str
+    control: bool
+
+    def is_result(self, document: Trial) -> bool:
+        """Whether a finished trial is of exactly this recipe."""
+        return bool(document.get("recipe") == portable(self.recipe))
+
+
+def portable(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as JSON values without where files lie, so that a comparison can go on elsewhere."""
+    found = recipe.model_dump(mode="json")
+    for name in ("weights", "network"):
+        found[name] = found[name] and Path(found[name]).name
+    kind, _, place = found["data"].partition(":")
+    found["data"] = f"{Path(kind).name}:{place}" if kind.endswith(".py") else kind
+    return found
+
+
+def load_compare_recipe(path: Path) -> CompareRecipe:
+    """Return the recipe in a TOML file, with its paths made absolute from the file's folder.
+
+    Raises:
+        InputError: if the file is missing, is not TOML, a value does not fit, or a method or target does not exist.
+    """
+    try:
+        values = tomllib.loads(require_file(path, "a recipe of a comparison (TOML)").read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not TOML ({one_line(error, 120)}); mend it there") from error
+    try:
+        recipe = CompareRecipe(**values)
+    except ValidationError as error:
+        raise InputError(first_problem(error, f"'{path}'", CompareRecipe)) from error
+    for name in (*recipe.methods, *recipe.options):
+        load_method(name, **recipe.options.get(name, {}))
+    unused = [name for name in recipe.options if name not in recipe.methods]
+    if unused:
+        raise InputError(f"'{path}' has options of '{unused[0]}', which is not one of its methods; add it to them")
+    for target in recipe.targets:
+        Target.parse(target)
+    if recipe.recipe.is_onnx:
+        raise InputError(f"'{path}' compares on an ONNX file, which cannot be fine-tuned; name a network")
+    return recipe.model_copy(update={"recipe": resolved(recipe.recipe, path.parent)})
+
+
+def plan(recipe: CompareRecipe, finished: Mapping[str, Trial]) -> list[Planned]:
+    """Return all trials that are known by now: those of the methods, then the controls of those that finished.
+
+    A control has the widths of the trial that it is held against, so that trials of equal widths share theirs, and a
+    trial of the L1 norm at a common share is its own.
+    """
+    trials = [
+        Planned(f"{method}-{target}-s{seed}", _trial_recipe(recipe, method, target, seed), target, False)
+        for seed in recipe.seeds
+        for target in recipe.targets
+        for method in recipe.methods
+    ]
+    done = [finished[one.name] for one in trials if one.name in finished]
+    controls: dict[str, Planned] = {}
+    for trial in done:
+        for control in recipe.controls:
+            covered = comparison.control_of(trial) == control
+            covered = covered or comparison.control_accuracy(trial, control, done) is not None
+            if trial["controls"] and not covered:
+                name = f"{control}-at-{trial['widths_key']}-s{trial['seed']}"
+                controls[name] = Planned(name, _control_recipe(recipe, control, trial), trial["target"], True)
+    return trials + list(controls.values())
+
+
+def _trial_recipe(recipe: CompareRecipe, method: str, target: str, seed: int) -> Recipe:
+    options = dict(recipe.options.get(method, {}))
+    if "seed" in describe_options(method_class(method)):
+        options.setdefault("seed", seed)
+    changes = {"method": method, "method_options": options, "target": target, "seed": seed}
+    return recipe.recipe.model_copy(update=changes)
+
+
+def _control_recipe(recipe: CompareRecipe, control: str, trial: Trial) -> Recipe:
+    """Return the recipe of a control; the one from scratch trains as long as the trial's method and fine-tuning did."""
+    scratch = control == "scratch"
+    found = _trial_recipe(recipe, "l1" if scratch else control, trial["target"], trial["seed"])
+    epochs = found.finetune.epochs + (trial["training_epochs"] if scratch else 0)
+    finetune = found.finetune.model_copy(update={"epochs": epochs})
+    return found.model_copy(update={"widths": trial["widths"], "from_scratch": scratch, "finetune": finetune})
+
+
+def run_trial(planned: Planned, folder: str, *, graph: bool) -> dict[str, Any]:
+    """Run one trial and return its result; with ``graph`` its graphs are exported and verified too.
+
+    Raises:
+        P2DError: whatever pruning and exporting raise.
+    """
+    run = Path(folder)
+    done = pipeline.finished_steps(run, planned.recipe)
+    if "prune" not in done:
+        pipeline.prune(planned.recipe, run)
+    if graph and "slim" not in done:
+        pipeline.export(run)
+    return trial_result(planned, run)
+
+
+def trial_result(planned: Planned, run: Path) -> dict[str, Any]:
+    """Return what a comparison keeps of a finished run, as JSON values."""
+    recipe, section = planned.recipe, read_report(run)["prune"]
+    method = load_method(recipe.method, **recipe.method_options)
+    kept = widths(load_masks(run / "masks.safetensors"))
+    key = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    report = section["method_report"]
+    own = {name: value for name, value in recipe.method_options.items() if name != "seed"}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": planned.name,
+        "recipe": portable(recipe),
+        "method": recipe.method,
+        "options": own,
+        "target": planned.target,
+        "seed": recipe.seed,
+        "control": planned.control,
+        "controls": not method.adds_modules,
+        "from_scratch": recipe.from_scratch,
+        "widths": kept,
+        "widths_key": key,
+        "graph": planned.name if method.adds_modules else key,
+        "macs": section["macs"],
+        "parameters": section["parameters"],
+        "dynamic_macs": report.get("dynamic_macs_share"),
+        "accuracy": {name: found and found["top1"] for name, found in section["accuracy"].items()},
+        "seconds": section["seconds"],
+        "training_epochs": len(section["method_history"]),
+        "finetune_epochs": recipe.finetune.epochs,
+        "history": section["history"],
+        "warnings": section["warnings"],
+        "environment": environment(),
+    }
+
+
+Workers = Callable[[Sequence[tuple[Planned, str, bool]]], Iterator[tuple[Planned, "dict[str, Any] | P2DError"]]]
+"""From (trial, run folder, whether to export) to each trial with its result or why it failed, as they finish."""
+
+
+def _attempt(planned: Planned, folder: str, graph: bool) -> dict[str, Any] | P2DError:
+    try:
+        return run_trial(planned, folder, graph=graph)
+    except P2DError as error:
+        return error
+
+
+def _one_by_one(work: Sequence[tuple[Planned, str, bool]]) -> Iterator[tuple[Planned, dict[str, Any] | P2DError]]:
+    for planned, folder, graph in work:
+        yield planned, _attempt(planned, folder, graph)
+
+
+def _processes(jobs: int) -> Workers:
+    def run(work: Sequence[tuple[Planned, str, bool]]) -> Iterator[tuple[Planned, dict[str, Any] | P2DError]]:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor, as_completed
+
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(_attempt, *one): one[0] for one in work}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+    return run
+
+
+def _cluster(address: str) -> Workers:
+    """Return workers on a ray cluster; the folder of the comparison must be one that all machines share."""
+
+    def run(work: Sequence[tuple[Planned, str, bool]]) -> Iterator[tuple[Planned, dict[str, Any] | P2DError]]:
+        ray = require_ray()
+        with _connected(ray, address):
+            remote = ray.remote(_attempt)
+            waiting = {}
+            for planned, folder, graph in work:
+                gpus = 1 if planned.recipe.device.startswith("cuda") else 0
+                task = remote.options(num_cpus=planned.recipe.threads or 1, num_gpus=gpus)
+                waiting[task.remote(planned, folder, graph)] = planned
+            while waiting:
+                (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+                yield waiting.pop(done), ray.get(done)
+
+    return run
+
+
+def require_ray() -> Any:
+    """Return the module ``ray``.
+
+    Raises:
+        DeviceError: if it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise DeviceError("ray is not installed, which --ray needs; pip install 'prune2deploy[sweep]'") from error
+    return ray
+
+
+@contextmanager
+def _connected(ray: Any, address: str) -> Iterator[None]:
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise DeviceError(f"no ray cluster answers at '{address}' ({one_line(error, 120)}); start one") from error
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def compare(
+    recipe: CompareRecipe,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    ray: str | None = None,
+    bench: bool = True,
+    note: Note = lambda _: None,
+    on_trial: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run what is not done yet, time the slim graphs, and write the tables and the picture; return their document.
+
+    Args:
+        recipe: what to compare.
+        folder: gets ``trials/NAME.json`` (each finished trial), ``graphs/``, ``runs/``, ``compare.json``,
+            ``compare.md`` and ``compare.html``; it is what a later call goes on from.
+        jobs: trials at once, on this machine.
+        ray: ``local``, ``auto``, or the address of a ray cluster that runs the trials in place of ``jobs``.
+        bench: whether to time the graphs, after all trials: one after the other, since what runs beside spoils it.
+        note: told what happens now.
+        on_trial: called with how many trials are done and known.
+
+    Raises:
+        InputError: if trials cannot be carried out; the others were, and the tables are of them.
+        DeviceError: if ray or the backend is not there.
+    """
+    workers = _cluster(ray) if ray else _one_by_one if jobs == 1 else _processes(jobs)
+    if ray:
+        require_ray()
+    with pipeline.locked(folder):
+        failed: dict[str, P2DError] = {}
+        while True:
+            finished = _finished(folder)
+            known = plan(recipe, finished)
+            _require_same(folder, known, finished)
+            todo = [one for one in known if one.name not in finished and one.name not in failed]
+            if not todo:
+                break
+            graphs = {finished[one.name]["graph"] for one in known if one.name in finished}
+            note(f"{len(todo)} trials to run: {', '.join(one.name for one in todo[:3])}{' ...' * (len(todo) > 3)}")
+            work = [(one, str(folder / "runs" / one.name), recipe.wants_graph(one)) for one in todo]
+            for planned, outcome in workers(work):
+                if isinstance(outcome, P2DError):
+                    failed[planned.name] = outcome
+                else:
+                    _keep(folder, recipe, planned, outcome, graphs)
+                    finished = _finished(folder)
+                _write(folder, recipe, failed)
+                if on_trial is not None:
+                    on_trial(len([one for one in known if one.name in finished]), len(known))
+        if bench:
+            _time(folder, recipe, note)
+        document = _write(folder, recipe, failed)
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise InputError(f"{len(failed)} of {len(known)} trials failed, first '{name}': {one_line(error, 300)}")
+    return document
+
+
+def _finished(folder: Path) -> dict[str, Trial]:
+    return {path.stem: read_json(path) for path in sorted((folder / "trials").glob("*.json"))}
+
+
+def _require_same(folder: Path, known: Sequence[Planned], finished: Mapping[str, Trial]) -> None:
+    """Refuse to mix trials of two recipes in one table; where files lie may differ."""
+    for one in known:
+        if one.name in finished and not one.is_result(finished[one.name]):
+            raise InputError(
+                f"trial '{one.name}' in '{folder}' was made by another recipe; remove "
+                f"'{folder / 'trials' / f'{one.name}.json'}' to run it again, or choose another -o"
+            )
+
+
+def _keep(folder: Path, recipe: CompareRecipe, planned: Planned, result: dict[str, Any], graphs: set[str]) -> None:
+    """Write a finished trial, and the graphs to time where there are none of its widths yet."""
+    run = folder / "runs" / planned.name
+    if recipe.wants_graph(planned) and result["graph"] not in graphs:
+        (folder / "graphs").mkdir(exist_ok=True)
+        for source, name in (("dense", "dense"), ("slim", result["graph"])):
+            shutil.copyfile(run / f"{source}.onnx", folder / "graphs" / f"{name}.onnx")
+        graphs.add(result["graph"])
+    write_json(folder / "trials" / f"{planned.name}.json", result)
+
+
+def _time(folder: Path, recipe: CompareRecipe, note: Note) -> None:
+    """Time each graph against the dense one that was not timed yet, as the recipe's section bench says."""
+    known = _latencies(folder)
+    settings = recipe.recipe.bench.model_dump()
+    for path in sorted((folder / "graphs").glob("*.onnx")):
+        if path.stem == "dense" or known.get(path.stem, {}).get("settings") == settings:
+            continue
+        note(f"timing {path.stem}")
+        found = pipeline.bench([folder / "graphs" / "dense.onnx", path], **settings)
+        ratio = found.ratios[0]
+        known[path.stem] = {
+            "ratio": ratio.ratio,
+            "low": ratio.low,
+            "high": ratio.high,
+            "verdict": found.verdicts[0].word,
+            "settings": settings,
+            "bench": found.to_json(),
+            "environment": environment(),
+        }
+        write_json(folder / "latency.json", known)
+
+
+def _latencies(folder: Path) -> dict[str, Any]:
+    path = folder / "latency.json"
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    return found
+
+
+def _write(folder: Path, recipe: CompareRecipe, failed: Mapping[str, P2DError]) -> dict[str, Any]:
+    from prune2deploy.comparison_page import write_comparison
+
+    finished = _finished(folder)
+    known = [finished[one.name] for one in plan(recipe, finished) if one.name in finished]
+    found = comparison.rows(known, _latencies(folder))
+    published = comparison.published_rows(found, [one.model_dump() for one in recipe.published])
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "network": portable(recipe.recipe)["network"],
+        "finetune": recipe.recipe.finetune.model_dump(),
+        "rows": found,
+        "published": published,
+        "trials": [one["name"] for one in known],
+        "failed": {name: one_line(error, 300) for name, error in failed.items()},
+    }
+    write_json(folder / "compare.json", document)
+    write_bytes(folder / "compare.md", comparison.markdown(found, published, _trained(recipe)).encode())
+    write_comparison(document, folder / "compare.html")
+    return document
+
+
+def _trained(recipe: CompareRecipe) -> str:
+    settings = recipe.recipe.finetune
+    return f"fine-tuned for {settings.epochs} epochs (learning rate {settings.learning_rate:g})"
