@@ -93,6 +93,21 @@ METHODS: Mapping[str, MethodInfo] = {
         "read: the authors' code; ours: the cosine schedule, which of a cluster's equal filters stays",
         "merges",
     ),
+    "dagger": MethodInfo(
+        "prune2deploy.methods.dagger:Dagger",
+        "gates that a small module makes of the weights, trained against the cost (Su et al., 2020)",
+        Needs(data=True, labels=True, pretrained=True),
+        "reconstructed",
+        "read: the abstract; reconstructed: features, module, regulariser, choice; ours: gates of groups, fold",
+        "masks, gates folded into readers",
+    ),
+    "paam": MethodInfo(
+        "prune2deploy.methods.paam:PAAM",
+        "scores by attention among filters, trained in turn with the network (Babaiee et al., 2022)",
+        Needs(data=True, labels=True, trains_weights=True),
+        "reconstructed",
+        "read: the abstract, a part of the method; reconstructed: attention, loss, turns; ours: scores of groups, start",
+    ),
     "random": MethodInfo(
         "prune2deploy.methods.random:Random", "seeded random scores", Needs(), "control", "nothing to read"
     ),

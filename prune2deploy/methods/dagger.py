@@ -76,7 +76,7 @@ class Dagger(Method):
     epochs: Annotated[int, Range(low=1)] = 12
     strength: Annotated[float, Range(low=0, high=100)] = 2.0
     hidden: Annotated[int, Range(low=1)] = 32
-    gate_lr: Annotated[float, Range(low=1e-6, high=1)] = 0.05
+    gate_lr: Annotated[float, Range(low=1e-6, high=1)] = 0.01
     batch_size: Annotated[int, Range(low=1)] = 64
     fold: bool = True
 
@@ -135,7 +135,8 @@ class Dagger(Method):
         """
         result = super().plan(weights, groups, budget, context)
         state = trained(context, "dagger")
-        new = folded(weights, groups, state.gates) if self.fold else {}
+        removes = any(not mask.all() for mask in result.keep.values())  # else the network stays as it is, bit for bit
+        new = folded(weights, groups, state.gates) if self.fold and removes else {}
         report = result.report | state.report | {"fold": self.fold}
         report["hard_top1"] = _masked_top1(context, groups, replace(result, weights=new))
         return replace(result, weights=new, report=report)

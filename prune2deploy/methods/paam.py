@@ -87,7 +87,7 @@ class PAAM(Method):
     anneal: Annotated[float, Range(low=0, high=1)] = 0.4
     strength: Annotated[float, Range(low=0, high=1000)] = 5.0
     hidden: Annotated[int, Range(low=1)] = 32
-    gate_lr: Annotated[float, Range(low=1e-6, high=1)] = 0.05
+    gate_lr: Annotated[float, Range(low=1e-6, high=1)] = 0.01
     lr: Annotated[float, Range(low=1e-6, high=10)] = 0.1
     weight_decay: Annotated[float, Range(low=0, high=1)] = 5e-4
     batch_size: Annotated[int, Range(low=2)] = 64
@@ -119,6 +119,7 @@ class PAAM(Method):
                 run.before(result.epoch)
 
         task.train(module, after_step=run.after_step, after_epoch=after_epoch, **self.training(None))
+        run.after_step()  # what is left may be a mean of weights that were silent at other times
         return run.outcome()
 
     def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:

@@ -26,6 +26,8 @@ from prune2deploy.train import Task
 
 BLIND_TO_WEIGHTS = {"random"}
 OPTIONS: dict[str, dict[str, Any]] = {
+    "adapruner": {"scope": "all", "epochs": 0},
+    "sp": {"epochs": 0},
     "csgd": {
         "strength": 3.0,
         "vector_strength": 1.0,
@@ -35,6 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "batch_size": 8,
     },
     "epruner": {"scope": "all", "preference": 1.5},
+    "dagger": {"epochs": 3, "gate_lr": 0.05, "batch_size": 8},
+    "paam": {"epochs": 3, "anneal": 0.7, "gate_lr": 0.05, "lr": 0.01, "batch_size": 8},
 }
 """Options of methods that by their paper leave some groups whole, take untrained filters for alike, or train long."""
 
@@ -69,8 +73,9 @@ def prepared(name: str, net: nn.Module, groups: Groups, shape: tuple[int, ...]) 
     task = toy_task(shape, 3 if shape[1] == 1 else 5)
     trains = method.needs.trains_weights or method.phases
     dtype = next(net.parameters()).dtype
-    state = method.fit(net.float(), groups, Budget(Target("macs", 0.6)), task) if trains else None
-    net.to(dtype)  # the trainer's images are float32
+    images_are_float32 = net.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
+    state = method.fit(net, groups, Budget(Target("macs", 0.6)), task) if trains else None
+    images_are_float32.remove()
     batches = [(x.to(dtype), y) for x, y in task.images(batch_size=8)]
     return method, Context(net, batches, batches, state)
 
