@@ -40,6 +40,11 @@ _OWN_SIZE = frozenset({"filter", "var"})
 _DEAD = 1e-3
 """Below this share of the layer's typical size, a cluster's own size is no unit any more."""
 
+_SCHEDULE = tuple((1 + math.cos(math.pi * (step + 0.5) / 100)) / 2 for step in range(100))
+"""The shares of the highest learning rate along a cosine schedule."""
+
+_TINY = 1e-12
+
 _MARGIN = 0.75
 """A training is refused beforehand where it gives less than this share of the steps that are predicted."""
 
@@ -56,9 +61,10 @@ class CSGD(Method):
         mean over k in H of dL/dW_k  +  weight_decay * W_j  +  strength * (W_j - mean over k in H of W_k)
 
     and so do biases, and scales and shifts of norms, without decay. What the loss adds is the same for all of H, so
-    whatever the data, W_i - W_j shrinks by ``1 - learning_rate * (weight_decay + strength)`` a step (by about
-    ``1 - learning_rate * strength / (1 - momentum)`` with momentum). Once the channels of a cluster are equal, removing
-    all but one and adding up the columns that read them changes nothing, so no fine-tuning is needed.
+    whatever the data, W_i - W_j shrinks by ``1 - learning_rate * (weight_decay + strength)`` a step (with momentum by
+    about ``1 - learning_rate * strength / (1 - momentum)``, by ``sqrt(momentum)`` at best). Once the channels of a
+    cluster are equal, removing all but one and adding up the columns that read them changes nothing, so no fine-tuning
+    is needed.
 
     Where several layers make a group (a residual stage), the first is clustered and the others follow; so do norms and
     depthwise convolutions. Ours: the channel that stays is the one of the cluster's largest filter (the code keeps the
@@ -170,11 +176,11 @@ class CSGD(Method):
             )
         images = len(task.data.train)
         per_epoch = images // min(self.batch_size, images)
-        wanted = max(self._missing(role, 1.0) for role in ("filter", "bias"))
-        if self.merge == "converged" and self.epochs * per_epoch / 2 < _MARGIN * wanted:
+        wanted = max(self._missing(role, 1.0, scheduled=True) for role in ("filter", "bias"))
+        if self.merge == "converged" and self.epochs * per_epoch < _MARGIN * wanted:
             raise InputError(
                 f"method 'csgd' would not converge: its {self.epochs} epochs are {self.epochs * per_epoch:,} steps, "
-                f"but about {2 * wanted:,} are needed; give --option epochs={math.ceil(2 * wanted / per_epoch)}, "
+                f"but about {wanted:,} are needed; give --option epochs={math.ceil(wanted / per_epoch)}, "
                 "or more strength, vector_strength or learning_rate"
             )
         state: State = super().fit(module, groups, budget, task)
@@ -226,22 +232,34 @@ class CSGD(Method):
         worst = late[0]
         steps = max(self._missing(one.role, one.value) for one in late)
         per_epoch = state.steps / state.epochs if state.epochs else 0
-        # The rate of the cosine schedule is half of its peak on average.
-        more = f"epochs={state.epochs + math.ceil(2 * steps / per_epoch)}, " if per_epoch else ""
+        scheduled = max(self._missing(one.role, one.value, scheduled=True) for one in late)
+        epochs = f" (epochs={state.epochs + math.ceil(scheduled / per_epoch)})" if per_epoch else ""
         return (
             f"method 'csgd' has not converged: '{worst.parameter}' of group '{worst.group}' deviates by "
             f"{worst.value:.1e} in its clusters, {self.tolerance:g} is allowed; about {steps:,} more steps at learning "
-            f"rate {self.learning_rate:g} are missing: give {more}more strength or vector_strength, or merge=anyway"
+            f"rate {self.learning_rate:g} are missing: train longer{epochs}, give more strength or vector_strength, "
+            "or merge=anyway"
         )
 
-    def _missing(self, role: str, deviation: float) -> int:
-        """Return how many steps at the full rate bring a deviation down to the tolerance."""
+    def _missing(self, role: str, deviation: float, *, scheduled: bool = False) -> int:
+        """Return how many steps bring a deviation down to the tolerance, at the full rate or along the schedule."""
+        rates = [self._rate(role, share) for share in (_SCHEDULE if scheduled else (1.0,))]
+        return math.ceil(math.log(deviation / self.tolerance) * len(rates) / sum(rates))
+
+    def _rate(self, role: str, share: float) -> float:
+        """Return by how much a step lowers the logarithm of a deviation, at this share of the learning rate.
+
+        With momentum m and x = learning rate * pull the deviation obeys Nesterov's recursion, whose roots are those of
+        ``z^2 - (1 + m) (1 - x) z + m (1 - x)``. The larger one is about ``1 - x / (1 - m)`` for small x, and never
+        below ``sqrt(m (1 - x))``: beyond that, more strength does not speed it up.
+        """
         if role in ("mean", "var"):
-            rate = -math.log1p(-_STATISTICS_MOMENTUM)
-        else:
-            pull = self.strength + self.weight_decay if role == "filter" else self.strength * self.vector_strength
-            rate = self.learning_rate * pull / (1 - self.momentum)
-        return math.ceil(math.log(deviation / self.tolerance) / rate)
+            return -math.log1p(-_STATISTICS_MOMENTUM)
+        pull = self.strength + self.weight_decay if role == "filter" else self.strength * self.vector_strength
+        left = 1 - share * self.learning_rate * pull
+        trace, product = (1 + self.momentum) * left, self.momentum * left
+        root = (trace + math.sqrt(max(trace**2 - 4 * product, 0.0))) / 2
+        return -math.log(max(root, math.sqrt(max(product, 0.0)), _TINY))
 
     # --- clusters -----------------------------------------------------------------------------------------------------
 
