@@ -345,12 +345,14 @@ def test_in_double_precision_a_merge_loses_nothing_to_1e14(toy: str) -> None:
     x = torch.randn(shape, dtype=torch.float64)
     dense = net(x).detach()
     scale = dense.abs().max()
-    slimmed = remove_dead_channels(export_network(net, (x,), fuse=False).model)
+    masked = export_network(net, (x,), fuse=False).model
+    slimmed = remove_dead_channels(masked)
     assert slimmed.removed_channels > 0
-    (got,) = ReferenceEvaluator(slimmed.model).run(None, {"input": x.numpy()})
+    expected, got = (ReferenceEvaluator(model).run(None, {"input": x.numpy()})[0] for model in (masked, slimmed.model))
     assert got.dtype == np.float64
-    print(np.abs(got - dense.numpy()).max() / scale, scale)
-    assert np.abs(got - dense.numpy()).max() <= 1e-14 * scale
+    assert np.abs(got - expected).max() <= 1e-14 * np.abs(expected).max()
+    # A norm's epsilon is float32 in every graph: 1e-5 is off by 2.5e-13.
+    assert np.abs(got - dense.numpy()).max() <= 1e-11 * scale
     masks = {group.id: np.ones(group.size, dtype=np.bool_) for group in make_groups().groups}
     masks |= {group: kept == np.arange(len(kept)) for group, kept in state.merges.items()}
     small = narrowed(with_merged_readers(net, make_groups(), state.merges), make_groups(), masks)
@@ -442,7 +444,7 @@ def test_before_convergence_it_refuses_with_the_largest_deviation_and_the_steps_
 
 @pytest.mark.parametrize(("rate", "strength"), [(3e-2, 3e-3), (5e-2, 5e-2), (0.1, 0.1), (0.1, 5.0)])
 def test_the_steps_that_are_predicted_with_momentum_are_those_of_the_recursion(rate: float, strength: float) -> None:
-    """v <- mu v + eps d, d <- d - tau (eps d + mu v) until d < 1e-6; ln(1e6) (1 - mu) / (tau eps) where that is slow."""
+    """v <- mu v + eps d, d <- d - tau (eps d + mu v) to 1e-6; ln(1e6) (1 - mu) / (tau eps) where that is slow."""
     method = CSGD(strength=strength, learning_rate=rate, weight_decay=0.0, tolerance=1e-6)
     d, v, last = 1.0, 0.0, 0
     for step in range(1, 20_000):
