@@ -1,6 +1,7 @@
 """Masks silence channels, and silenced channels can be removed."""
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,10 +27,10 @@ from toy_groups import (
     span,
 )
 
-from prune2deploy.apply import MaskKeeper, apply_masks, fold_offsets, set_weights, weights_of
+from prune2deploy.apply import MaskKeeper, MergeKeeper, apply_masks, fold_offsets, set_weights, weights_of
 from prune2deploy.cost import Cost, Width
 from prune2deploy.errors import InputError
-from prune2deploy.groups import SILENCED_ROLES, Group, Groups
+from prune2deploy.groups import COPIED_ROLES, SILENCED_ROLES, Group, Groups
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -92,6 +93,91 @@ def test_a_kept_mask_stays_silent_through_training_with_momentum_and_decay() -> 
             assert not np.signbit(values[part.indices[~mask]]).any()
             moved = values[part.indices[mask]] != np.moveaxis(before[part.parameter], part.axis, 0)[part.indices[mask]]
             assert moved.any()
+
+
+MERGES = {
+    "residual": {"stem": np.array([0, 0, 2, 0, 4, 4]), "conv1": np.array([3, 1, 2, 3, 2, 2, 6, 7])},
+    "mobile": {"expand": np.array([2, 1, 2, 1]), "grouped": np.array([1, 1])},
+}
+
+
+def copies(
+    weights: dict[str, np.ndarray],
+    groups: Groups,
+    merges: dict[str, np.ndarray],
+    roles: tuple[str, ...] = COPIED_ROLES,
+) -> Iterator[np.ndarray]:
+    """Yield the channels of everything that is to be equal, and those that they copy."""
+    for group_id, kept in merges.items():
+        for part in groups[group_id].of_role(*roles):
+            values = np.moveaxis(weights[part.parameter], part.axis, 0)[part.indices]
+            yield np.stack([values, values[kept]])
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_merged_channels_stay_exact_copies_through_training_with_momentum_and_decay(toy: str) -> None:
+    make, make_groups, shape = TOYS[toy]
+    net, groups, merges = randomise(make()).train(), make_groups(), MERGES[toy]
+    keep = MergeKeeper(net, groups, merges)
+    assert not all(np.array_equal(*pair) for pair in copies(weights_of(net), groups, merges))
+    keep.after_step()
+    before = weights_of(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.randn(4, *shape[1:])), torch.tensor([0, 1, 2, 0])).backward()
+        keep.after_backward()
+        optimizer.step()
+        # Equal gradients make equal steps; only the norms' statistics may round apart.
+        assert all(np.array_equal(*pair) for pair in copies(weights_of(net), groups, merges, tuple(SILENCED_ROLES)))
+        keep.after_step()
+        assert all(np.array_equal(*pair) for pair in copies(weights_of(net), groups, merges))
+    after = weights_of(net)
+    moved = {part.parameter for group in groups.groups for part in group.of_role(*COPIED_ROLES)}
+    assert all(not np.array_equal(after[name], before[name]) for name in moved)
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_merging_copies_the_kept_channel_and_averages_gradients_place_by_place(toy: str) -> None:
+    make, make_groups, _ = TOYS[toy]
+    net, groups, merges = randomise(make()), make_groups(), MERGES[toy]
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = weights_of(net)
+    gradients = {name: parameter.grad.numpy().copy() for name, parameter in net.named_parameters()}
+    keep = MergeKeeper(net, groups, merges)
+    keep.after_backward()
+    assert all(np.array_equal(values, before[name]) for name, values in weights_of(net).items())
+    keep.after_step()
+    expected = {name: values.copy() for name, values in before.items()}
+    for group_id, kept in merges.items():
+        for part in groups[group_id].of_role(*COPIED_ROLES):
+            for place in part.indices.T:
+                expected[part.parameter][place] = before[part.parameter][place[kept]]
+                if part.parameter in gradients:
+                    own = gradients[part.parameter][place].copy()
+                    for channel, stays in enumerate(kept):
+                        gradients[part.parameter][place[channel]] = own[kept == stays].mean(axis=0)
+    assert all(np.array_equal(values, expected[name]) for name, values in weights_of(net).items())
+    for name, parameter in net.named_parameters():
+        np.testing.assert_allclose(parameter.grad.numpy(), gradients[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("group", "kept", "message"),
+    [
+        ("other", np.arange(6), "name a group 'other'"),
+        ("fc", np.arange(5), "cannot be pruned: an output of the network"),
+        ("stem", np.arange(5), "do not name one of its 6 channels for each"),
+        ("stem", np.array([1, 2, 2, 3, 4, 5]), "do not name one of its 6 channels for each"),
+        ("stem", np.array([0, 0, 0, 0, 0, 6]), "do not name one of its 6 channels for each"),
+        ("stem", np.array([0, 0, 0, 0, 0, -1]), "do not name one of its 6 channels for each"),
+        ("stem", np.zeros(6), "do not name one of its 6 channels for each"),
+    ],
+)
+def test_merges_that_do_not_fit_are_refused(group: str, kept: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MergeKeeper(Residual(), residual_groups(), {group: kept})
 
 
 def test_weights_of_are_copies() -> None:
