@@ -47,9 +47,14 @@ class Findings:
         return before is not None and before == after
 
     def change(self, what: str) -> tuple[float | None, float | None]:
-        """Return ``macs`` or ``parameters`` before and after, of the slim graph where there is one, else as planned."""
+        """Return ``macs`` or ``parameters`` before and after, of the slim graph where there is one, else as planned.
+
+        Before is the masked graph, or the dense one where the method made that larger.
+        """
         slim, prune = self.section("slim").get(what) or {}, self.section("prune").get(what) or {}
-        return (slim.get("before"), slim.get("after")) if slim else (prune.get("dense"), prune.get("pruned"))
+        dense = self.section("export").get("dense") or {}
+        before = dense.get(what, slim.get("before"))
+        return (before, slim.get("after")) if slim else (prune.get("dense"), prune.get("pruned"))
 
     def share(self, what: str) -> float | None:
         """Return which share of the MACs or parameters is left."""
