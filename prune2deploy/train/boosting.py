@@ -143,7 +143,8 @@ class Boosted(nn.Module):
         self.choice.saliencies, self.choice.mask = saliencies, mask
         boost, mask = _on_maps(saliencies * mask), _on_maps(mask)
         normed, bias = self.norm(self.conv(x)), self.bias.view(1, -1, 1, 1)
-        return boost * (normed + bias) if self.boosts_bias else boost * normed + mask * bias
+        y: Tensor = boost * (normed + bias) if self.boosts_bias else boost * normed + mask * bias
+        return y
 
 
 class Suppressed(nn.Module):
