@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from prune2deploy import __version__
+from prune2deploy import __version__, ranks
 from prune2deploy.errors import InputError, P2DError, StrictError, one_line
 
 SCHEMA_VERSION = 1
@@ -26,8 +26,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False)
+out = Console(
+    highlight=False, markup=False, width=None if sys.stdout.isatty() else 120, quiet=not ranks.is_first()
+)
+err = Console(stderr=True, highlight=False, quiet=not ranks.is_first())
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="RUN", help="Folder of the run.")]
@@ -62,9 +64,9 @@ def _fail(message: str, code: int) -> None:
 
 
 def _emit(document: dict[str, Any], shown: RenderableType, *, as_json: bool) -> None:
-    if as_json:
+    if as_json and ranks.is_first():
         print(json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=1, sort_keys=True))
-    else:
+    elif not as_json:
         out.print(shown)
 
 
@@ -134,8 +136,21 @@ def prune(
         bool, typer.Option("--from-scratch", help="Train the pruned widths from new weights: a control.")
     ] = False,
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Train the masked network on for so many epochs.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of fine-tuning.")] = 0.05,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Highest of fine-tuning; 0.05 unless given, 0.001 with adamw.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
+    optimizer: Annotated[str, typer.Option(help="Of fine-tuning: sgd or adamw.")] = "sgd",
+    weight_decay: Annotated[float, typer.Option(help="Of convolutions and linear layers.")] = 5e-4,
+    label_smoothing: Annotated[float, typer.Option(help="Share of the target that all classes get.")] = 0.0,
+    ema: Annotated[float, typer.Option(help="Decay of a moving average of the weights, as 0.999; 0: none.")] = 0.0,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Learn the dense network's answers while fine-tuning.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="Of fine-tuning: fp32, bf16, or auto: bf16 where it pays.")] = "auto",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the epochs as TensorBoard's events.")
+    ] = False,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Measure BatchNorm statistics anew after masking.")
     ] = False,
@@ -189,7 +204,18 @@ def prune(
             "seed": seed,
             "device": device,
             "threads": threads,
-            "finetune": {"epochs": finetune_epochs, "learning_rate": learning_rate, "batch_size": batch_size},
+            "finetune": {
+                "epochs": finetune_epochs,
+                "optimizer": optimizer,
+                "batch_size": batch_size,
+                "weight_decay": weight_decay,
+                "label_smoothing": label_smoothing,
+                "ema": ema,
+                "distill": distill,
+                "precision": precision,
+                "tensorboard": tensorboard,
+            }
+            | ({} if learning_rate is None else {"learning_rate": learning_rate}),
         }
     )
     recipe = resolved(recipe, Path.cwd())
@@ -197,6 +223,8 @@ def prune(
         recipe = recipe.model_copy(update={"widths": pipeline.widths_of_run(widths_of, recipe.network)})
     with _live() as live:
         pipeline.prune(recipe, run, note=live.note, on_progress=live.training)
+    if not ranks.is_first():
+        return
     _emit({"prune": read_report(run)["prune"]}, run_summary(run), as_json=as_json)
     _say(f"next: p2d {'bench' if recipe.is_onnx else 'export'} {run}", as_json=as_json)
 
@@ -267,6 +295,7 @@ def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]]:
 def export(
     run: Run,
     trt: Annotated[bool, typer.Option("--trt", help="Also build the TensorRT engine.")] = False,
+    torch: Annotated[bool, typer.Option("--torch", help="Also write the narrow PyTorch network, to train on.")] = False,
     precision: Annotated[str, typer.Option(help="Of the engine: fp32 or tf32.")] = "fp32",
     strict: Strict = False,
     as_json: Json = False,
@@ -280,10 +309,12 @@ def export(
     if trt and precision not in PRECISIONS:
         raise InputError(f"--precision '{precision}' cannot be built; this version builds {' and '.join(PRECISIONS)}")
     with _live() as live:
-        pipeline.export(run, note=live.note)
+        pipeline.export(run, torch=torch, note=live.note)
     report = read_report(run)
     _emit({name: report[name] for name in ("export", "slim", "verify")}, run_summary(run), as_json=as_json)
     _say(f"slim graph: {run / 'slim.onnx'}", as_json=as_json)
+    if torch:
+        _say(f"narrow network: prune2deploy.load_narrow(FACTORY, '{run / 'narrow'}')", as_json=as_json)
     if trt:
         with _live() as live:
             built = pipeline.build_engine(run, precision, note=live.note)
@@ -480,7 +511,7 @@ def report(
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="A recipe, such as RUN/recipe.toml.")],
     target: Out,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole step.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole step, or epoch.")] = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
@@ -493,6 +524,8 @@ def run(
     resolved = load_recipe(recipe)
     with _live() as live:
         pipeline.walk(resolved, target, resume=resume, note=live.note, on_progress=live.training, on_round=live.rounds)
+    if not ranks.is_first():
+        return
     _emit(read_report(target), run_summary(target), as_json=as_json)
     for name, what in _RESULTS:
         _say(f"{what:<14} {target / name}", as_json=as_json)
@@ -530,9 +563,7 @@ def compare(
 
     loaded = comparing.load_compare_recipe(recipe)
     with _live() as live:
-        found = comparing.compare(
-            loaded, target, jobs=jobs, ray=ray, bench=bench, note=live.note, on_trial=live.trials
-        )
+        found = comparing.compare(loaded, target, jobs=jobs, ray=ray, bench=bench, note=live.note, on_trial=live.trials)
     _emit(found, plain_table(HEAD, [cells(row) for row in found["rows"]]), as_json=as_json)
     for name, what in (("compare.html", "page"), ("compare.md", "table"), ("compare.json", "numbers")):
         _say(f"{what:<14} {target / name}", as_json=as_json)
@@ -595,9 +626,7 @@ def sensitivity(
         }
     )
     with _live() as live:
-        found = measure_sensitivity(
-            resolved(recipe, Path.cwd()), survey, target, note=live.note, on_group=live.groups
-        )
+        found = measure_sensitivity(resolved(recipe, Path.cwd()), survey, target, note=live.note, on_group=live.groups)
         live.note("writing the page")
         write_sensitivity(found, target / "sensitivity.html")
     _emit({"sensitivity": found}, plain_table(head(found), rows(found)), as_json=as_json)
@@ -609,28 +638,45 @@ def sensitivity(
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, for its details.")] = None, as_json: Json = False
 ) -> None:
-    """List the pruning methods, or show one with its options."""
+    """List the pruning methods, or show one: what it needs and yields, what was read of its paper, and its options."""
     from dataclasses import asdict
 
-    from prune2deploy.methods import METHODS, describe_options, method_class
+    from prune2deploy.methods import all_methods, describe_options, method_class
     from prune2deploy.screen import plain_table
 
+    known = all_methods()
     if name is None:
-        rows = [
-            (key, info.summary, ", ".join(k for k, v in asdict(info.needs).items() if v) or "nothing", info.status)
-            for key, info in METHODS.items()
-        ]
-        table = {
-            key: {"summary": info.summary, "needs": asdict(info.needs), "status": info.status}
-            for key, info in METHODS.items()
-        }
-        _emit({"methods": table}, plain_table(("method", "score", "needs", "status"), rows), as_json=as_json)
+        rows = [(key, info.summary, _needs(info.needs), info.yields, info.status) for key, info in known.items()]
+        table = {key: {k: v for k, v in asdict(info).items() if k != "target"} for key, info in known.items()}
+        _emit(
+            {"methods": table},
+            plain_table(("method", "how it chooses", "needs", "yields", "status"), rows),
+            as_json=as_json,
+        )
         return
     found = method_class(name)
-    options = describe_options(found)
-    _say(inspect_module.cleandoc(found.__doc__ or ""), as_json=as_json)
-    listed = "\n".join(f"--option {key}=...  {allowed}" for key, allowed in options.items()) or "no options"
-    _emit({"method": name, "options": options}, "\n" + listed, as_json=as_json)
+    info, options = known[name], describe_options(found)
+    described = {"needs": asdict(info.needs), "yields": info.yields, "status": info.status, "source": info.source}
+    own_loop = not found.phases
+    lines = [
+        inspect_module.cleandoc(found.__doc__ or ""),
+        "",
+        f"needs     {_needs(info.needs)}",
+        f"yields    {info.yields}",
+        f"status    {info.status}; {info.source}",
+        f"own loop  {'yes, by prune2deploy.Pruner' if own_loop else 'no: it trains in phases of its own'}",
+        "",
+        *(f"--option {key}=...  {allowed}" for key, allowed in options.items()),
+        *([] if options else ["no options"]),
+    ]
+    document = {"method": name, "options": options, "own_loop": own_loop, **described}
+    _emit(document, "\n".join(lines), as_json=as_json)
+
+
+def _needs(needs: Any) -> str:
+    from dataclasses import asdict
+
+    return ", ".join(key.replace("_", " ") for key, wanted in asdict(needs).items() if wanted) or "nothing"
 
 
 @app.command()
@@ -660,9 +706,11 @@ def networks(as_json: Json = False) -> None:
 def ops(as_json: Json = False) -> None:
     """List the ONNX operators that the channel analysis has a rule for."""
     from prune2deploy.graph.rules import RULES
+    from prune2deploy.plugins import RULES_GROUP, plugins
     from prune2deploy.screen import plain_table
 
-    table = {name: rule.kind for name, rule in RULES.items()}
+    others = {name: f"rule of {found.package}" for name, found in plugins(RULES_GROUP).items() if name not in RULES}
+    table = {name: rule.kind for name, rule in RULES.items()} | others
     _emit({"ops": table}, plain_table(("operator", "kind"), list(table.items())), as_json=as_json)
     _say("any other operator is opaque: what it reads stays, and it is counted", as_json=as_json)
 

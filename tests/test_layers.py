@@ -33,7 +33,7 @@ def names(text: str = "") -> frozenset[str]:
 
 BASE = (
     *("__init__", "errors", "files", "masks", "cost", "groups", "rounding", "report", "environment", "recipe"),
-    "silence",
+    *("silence", "plugins"),
 )
 PAGE = ("markup", "findings", "figures")
 ANY = ("",)
@@ -48,8 +48,10 @@ TABLE = {
     "rounding": Row(BASE, names("numpy")),
     "report": Row(BASE, names("numpy")),
     "environment": Row(BASE, names("numpy")),
+    "ranks": Row(),
     "masks": Row(BASE, names("numpy safetensors")),
     "silence": Row(BASE, names("numpy")),
+    "plugins": Row(BASE),
     "recipe": Row(BASE, names("numpy pydantic tomli_w")),
     # the torch column
     "networks": Row((*BASE, "networks"), names("numpy torch safetensors"), TORCH_LAZY),
@@ -81,12 +83,15 @@ TABLE = {
     # one file slimmed, and what joins the columns
     "slim": Row((*BASE, "graph"), names("numpy"), names("onnx"), ("graph",)),
     "pipeline": Row(ANY, names("numpy"), names("numpy scipy torch onnx onnx_graphsurgeon onnxruntime")),
+    "narrow": Row((*BASE, "networks", "narrow"), names("numpy torch"), TORCH_LAZY, ("methods",)),
+    "export_narrow": Row(ANY, names("numpy torch onnx")),
     "prune_network": Row(ANY, names("numpy"), names("torch")),
+    "unfinished": Row(BASE, names("numpy"), names("torch"), ("train", "networks", "methods")),
     "compare": Row(ANY, names("pydantic"), names("ray")),
     "prune_onnx": Row(ANY, names("numpy"), names("torch onnx")),
     "sensitivity": Row(ANY, names("numpy"), names("torch")),
     "pruner": Row(ANY, names("numpy torch")),
-    "cli": Row(("__init__", "errors"), names("typer rich"), names("click"), ANY),
+    "cli": Row(("__init__", "errors", "ranks"), names("typer rich"), names("click"), ANY),
     "__main__": Row(("cli",)),
     "__init__": Row(lazy_internal=ANY),
 }
@@ -268,7 +273,7 @@ def test_importing_the_package_needs_nothing_but_the_standard_library() -> None:
 
 
 def test_all_but_the_torch_column_can_be_imported_without_the_heavy_packages() -> None:
-    torch_column = ("networks", "data", "apply", "train", "exporter", "pruner")
+    torch_column = ("networks", "data", "apply", "train", "exporter", "pruner", "narrow", "export_narrow")
     light = [name for name in modules(ROOT / PACKAGE) if name != "__init__" and not is_under(name, torch_column)]
     assert {"masks", "budget", "cli"} <= set(light)
     code = f"import importlib\nfor name in {light!r}:\n    importlib.import_module('{PACKAGE}.' + name)\n"

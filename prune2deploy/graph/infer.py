@@ -10,6 +10,7 @@ import onnx
 from prune2deploy.errors import one_line
 from prune2deploy.graph.groupnorm import stand_in_group_norms
 from prune2deploy.graph.sizes import BY, Shape, is_open, read_shape
+from prune2deploy.plugins import RULES_GROUP, plugins
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
             bare.graph.initializer.append(tensor)
         elif tensor.name not in listed:
             bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    bare.graph.value_info.extend(_of_other_domains(model))
     del model.graph.value_info[:]
     try:
         inferred = _inferred(bare)
@@ -65,6 +67,21 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
     pairs = zip(inferred.graph.output, model.graph.output, strict=True)
     believed = ((value.name, _believed(read_shape(value.type), given)) for value, given in pairs if value.name in made)
     return {name: shape for name, shape in believed if shape is not None}
+
+
+def _of_other_domains(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the shapes that a model gives for what operators make whose rule is another package's.
+
+    onnx knows nothing of these operators; without a rule no shape of them is needed.
+    """
+    ruled = plugins(RULES_GROUP)
+    made = {
+        name
+        for node in model.graph.node
+        if node.domain and f"{node.domain}.{node.op_type}" in ruled
+        for name in node.output
+    }
+    return [value for value in model.graph.value_info if value.name in made]
 
 
 def _inferred(bare: onnx.ModelProto) -> onnx.ModelProto:

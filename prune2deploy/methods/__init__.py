@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from prune2deploy.errors import InputError
 from prune2deploy.methods.base import Method, Needs, describe_options
+from prune2deploy.plugins import METHODS_GROUP, plugins
 
-__all__ = ["METHODS", "MethodInfo", "describe_options", "load_method", "method_class"]
+__all__ = ["METHODS", "MethodInfo", "all_methods", "describe_options", "load_method", "method_class"]
 
-Status = Literal["published", "reconstructed", "control"]
-"""``reconstructed``: the paper's formula could not be read; ``control``: what a method must beat."""
+Status = Literal["published", "reconstructed", "control", "plugin", "broken"]
+"""``reconstructed``: the paper's formula could not be read; ``control``: what a method must beat; ``plugin``: another
+package's; ``broken``: another package's that cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ METHODS: Mapping[str, MethodInfo] = {
         "read: the authors' code; ours: the search of the preference, filling to the target, scope=all",
         "masks, norms that start anew",
     ),
+    "cap": MethodInfo(
+        "prune2deploy.methods.cap:CaP",
+        "what the other inputs of its readers make up for (Xie et al., Pruning with Compensation, 2021)",
+        Needs(data=True, pretrained=True),
+        "reconstructed",
+        "read: the abstract; reconstructed: loss, compensation and search; ours: a group's loss, a regression per reader",
+        "masks, new weights of readers",
+    ),
     "taylor": MethodInfo(
         "prune2deploy.methods.taylor:Taylor",
         "squared derivative of the loss by a gate on the channel (Molchanov et al., CVPR 2019)",
@@ -92,6 +102,28 @@ METHODS: Mapping[str, MethodInfo] = {
         "published",
         "read: the authors' code; ours: the cosine schedule, which of a cluster's equal filters stays",
         "merges",
+    ),
+    "adapruner": MethodInfo(
+        "prune2deploy.methods.adapruner:AdaPruner",
+        "widths by the norms' trained scales, the criterion by trial at these widths (Liu et al., 2021)",
+        Needs(data=True, labels=True, trains_weights=True, norms=True),
+        "reconstructed",
+        "read: the abstract; reconstructed: the penalty, the width formula, the criteria; ours: filling to the target",
+    ),
+    "sp": MethodInfo(
+        "prune2deploy.methods.sp:SP",
+        "widths searched stage by stage in a trained super-network (Zhang, Ou, 2020)",
+        Needs(data=True, labels=True, trains_weights=True),
+        "reconstructed",
+        "read: the abstracts; reconstructed: the losses; ours: stages, sorted channels, search by programming, filling",
+    ),
+    "fbs": MethodInfo(
+        "prune2deploy.methods.fbs:FBS",
+        "gates that weigh channels for each image and suppress most (Gao et al., ICLR 2019)",
+        Needs(data=True, labels=True, pretrained=True, trains_weights=True, norms=True),
+        "published",
+        "read: the authors' code, two re-implementations, the abstract; ours: the start from norms, density by target",
+        "gates that stay; the network keeps all channels",
     ),
     "dagger": MethodInfo(
         "prune2deploy.methods.dagger:Dagger",
@@ -114,14 +146,37 @@ METHODS: Mapping[str, MethodInfo] = {
 }
 
 
+def all_methods() -> Mapping[str, MethodInfo]:
+    """Return the table with the methods of other packages behind our own, which none can replace."""
+    return {**METHODS, **{name: _plugin_info(name) for name in plugins(METHODS_GROUP) if name not in METHODS}}
+
+
+def _plugin_info(name: str) -> MethodInfo:
+    plugin = plugins(METHODS_GROUP)[name]
+    try:
+        found = method_class(name)
+    except InputError as error:
+        return MethodInfo(plugin.entry.value, str(error), Needs(), "broken", f"the package {plugin.package}")
+    summary = (found.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return MethodInfo(plugin.entry.value, summary, found.needs, "plugin", f"the package {plugin.package}")
+
+
 def method_class(name: str) -> type[Method]:
-    """Return the class of a method of `METHODS`.
+    """Return the class of a method of `METHODS`, or of another package's.
 
     Raises:
-        InputError: if there is no such method.
+        InputError: if there is no such method, or the other package's cannot be loaded.
     """
+    if name not in METHODS and name in plugins(METHODS_GROUP):
+        loaded: type[Method] = plugins(METHODS_GROUP)[name].load(type, "a class")
+        if not issubclass(loaded, Method):
+            raise InputError(
+                f"'{name}' of '{plugins(METHODS_GROUP)[name].package}' is not a prune2deploy.methods.base.Method"
+            )
+        return loaded
     if name not in METHODS:
-        raise InputError(f"there is no method '{name}'; the methods are {', '.join(sorted(METHODS))}")
+        listed = ", ".join(sorted({*METHODS, *plugins(METHODS_GROUP)}))
+        raise InputError(f"there is no method '{name}'; the methods are {listed}")
     module, _, attribute = METHODS[name].target.partition(":")
     found: type[Method] = getattr(import_module(module), attribute)
     return found

@@ -25,6 +25,7 @@ from prune2deploy.graph.rules import (
     split,
 )
 from prune2deploy.graph.rules.base import Rule
+from prune2deploy.plugins import RULES_GROUP, plugins
 
 RULES: dict[str, Rule] = {
     **activation.RULES,  # functions of one input: see the table `activation.FUNCTIONS`
@@ -105,11 +106,22 @@ PRODUCTS = frozenset({"Gemm", "MatMul"})
 def rule_for(node: Node) -> Rule | None:
     """Return the rule of a node's operator, or None where it is unknown or of a custom domain."""
     if node.domain:
-        return None
+        return plugin_rule(f"{node.domain}.{node.op_type}")
     if node.op_type in PRODUCTS and all(operand.is_value for operand in node.inputs[:2]):
         return product.PRODUCT
     if node.op_type in ("Expand", "Tile") and not node.inputs[0].is_value:
         return repeat.STATED
     if norm.BY_GROUP in node.attributes:
         return norm.GROUP_NORM_OF_THREE
-    return quantized_linear.stored_weights_rule(node) or RULES.get(node.op_type)
+    return quantized_linear.stored_weights_rule(node) or RULES.get(node.op_type) or plugin_rule(node.op_type)
+
+
+def plugin_rule(name: str) -> Rule | None:
+    """Return another package's rule of an operator that has none here, or None.
+
+    Raises:
+        InputError: if it cannot be loaded, or is not a `Rule`.
+    """
+    found = plugins(RULES_GROUP).get(name)
+    rule: Rule | None = None if found is None else found.load(Rule, "a prune2deploy.graph.rules.base.Rule")
+    return rule
