@@ -16,6 +16,7 @@ from prune2deploy.budget import (
     choose_widths,
     masks_to_budget,
     protect,
+    resolve_floors,
     share,
     threshold_to_budget,
 )
@@ -23,6 +24,7 @@ from prune2deploy.cost import Cost, Term, Width
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Group, Groups
 from prune2deploy.masks import widths as widths_of
+from prune2deploy.rounding import MULTIPLES, multiple_of
 
 
 def network(sizes: Mapping[str, int], tensors: list[Width], held: frozenset[str] = frozenset()) -> Groups:
@@ -193,6 +195,62 @@ def test_floors_and_min_keep_hold() -> None:
     assert widths["b"] >= 20
     assert min(widths.values()) >= 3
     assert further_steps(groups, widths, Target("macs", 0.1), 1) == []
+
+
+def test_floors_are_counts_or_shares_of_what_a_pattern_matches() -> None:
+    groups = residual_groups(trunk=6, inner=8)
+    assert resolve_floors(groups, {"conv1": 3}) == {"conv1": 3}
+    assert resolve_floors(groups, {"*": 0.5}) == {"stem": 3, "conv1": 4}, "fc cannot be pruned, so it needs no floor"
+    assert resolve_floors(groups, {"bn2.*": 0.4}) == {"stem": 3}, "bn2 carries the stem's channels; 2.4 become 3"
+    assert resolve_floors(groups, {"conv2.weight": 2}) == {"stem": 2}, "and conv2, that makes them, only reads conv1's"
+    assert resolve_floors(groups, {"*": 4, "conv?": 7}) == {"stem": 4, "conv1": 7}, "of several the largest holds"
+    assert resolve_floors(groups, {"stem": 1.0}) == {"stem": 6}
+
+
+def test_an_id_that_is_a_pattern_as_well_is_the_id() -> None:
+    groups = chain(a=4, b=8)
+    assert resolve_floors(groups, {"a": 3}) == {"a": 3}
+    starred = Groups((Group("g*", 8, (), ()), Group("g2", 8, (), ())), (), Cost((), ()))
+    assert resolve_floors(starred, {"g*": 5}) == {"g*": 5}
+
+
+def test_floors_that_fit_nothing_are_named() -> None:
+    groups = residual_groups(trunk=6, inner=8)
+    with pytest.raises(InputError, match=r"the floor 'conv7' matches no group .* close names are conv1"):
+        resolve_floors(groups, {"conv7": 3})
+    with pytest.raises(InputError, match=r"the floor '\*' is 7, but group 'stem' has 6 channels"):
+        resolve_floors(groups, {"*": 7})
+    for floor in (0, -1, 9):
+        with pytest.raises(InputError, match=r"give a number from 1 to 8, or a share such as 0\.5"):
+            resolve_floors(groups, {"conv1": floor})
+
+
+def test_floors_that_the_target_cannot_pay_are_said_to_be_the_reason() -> None:
+    groups = chain(a=32, b=32, c=32)
+    floors = resolve_floors(groups, {"*": 0.75})
+    with pytest.raises(InputError, match=r"the smallest reachable with these floors is .*: lower a floor, or raise"):
+        choose_widths(groups, Target("macs", 0.3), floors=floors)
+    with pytest.raises(
+        InputError, match=r"with --round-to 16 and these floors .*: lower --round-to, lower a floor, or"
+    ):
+        choose_widths(groups, Target("macs", 0.3), floors=floors, round_to=16)
+    with pytest.raises(InputError, match=r"smallest reachable is macs=[0-9.]+: drop a --keep, or raise the target"):
+        choose_widths(protect(residual_groups(), ["bn.*"]), Target("macs", 0.01))
+    with pytest.raises(InputError, match=r"smallest reachable is macs=[0-9.]+: raise the target"):
+        choose_widths(chain(a=2, b=2), Target("macs", 0.1))
+
+
+def test_a_floor_between_two_multiples_is_met_by_the_one_above() -> None:
+    groups = chain(a=64, b=64, c=64)
+    assert choose_widths(groups, Target("macs", 0.3), round_to=8, floors={"b": 41})["b"] == 48
+
+
+def test_a_precision_stands_for_its_multiple() -> None:
+    assert {name: multiple_of(name) for name in MULTIPLES} == {"fp32": 4, "tf32": 4, "fp16": 8, "bf16": 8, "int8": 16}
+    assert multiple_of(24) == 24
+    for wrong in (0, -8, "8", "fp8", "", True, 8.0):
+        with pytest.raises(InputError, match=r"is neither a whole number from 1 nor a precision; .* fp16 \(8\)"):
+            multiple_of(wrong)  # type: ignore[arg-type]
 
 
 def test_bad_arguments_say_what_is_wrong() -> None:
