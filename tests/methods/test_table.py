@@ -38,9 +38,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "epruner": {"scope": "all", "preference": 1.5},
     "dagger": {"epochs": 3, "gate_lr": 0.05, "batch_size": 8},
+    "fbs": {"predictor": "zero", "epochs": 1, "last_epochs": 1},
     "paam": {"epochs": 3, "anneal": 0.7, "gate_lr": 0.05, "lr": 0.01, "batch_size": 8},
 }
 """Options of methods that by their paper leave some groups whole, take untrained filters for alike, or train long."""
+
+CHOOSES_BY_IMAGE = {"fbs": "its gates stay in the network: masks keep everything, and the mean over images is in budget"}
+"""Methods whose masks cannot meet a target, with what holds in its place."""
 
 
 def toy_task(shape: tuple[int, ...], classes: int) -> Task:
@@ -95,6 +99,11 @@ def test_masks_fit_the_network_and_the_target(name: str, toy: str) -> None:
         assert mask.shape == (group.size,)
         assert mask.any()
         assert mask.all() or group.prunable
+    if name in CHOOSES_BY_IMAGE:
+        assert all(mask.all() for mask in result.keep.values())
+        assert result.report["share"] == {"macs": 1.0, "params": 1.0}
+        assert 0 < result.report["mean_macs"]["share"] <= 0.6
+        return
     assert share(groups, "macs", widths(result.keep)) == result.report["share"]["macs"] <= 0.6
     set_weights(net, result.weights)
     apply_masks(net, groups, result.silent)
@@ -132,6 +141,7 @@ def test_permuting_filters_permutes_scores_and_changes_nothing_else(name: str, t
     moved_id = next(iter(before))
     order = np.random.default_rng(5).permutation(groups[moved_id].size)
     moved = permuted(weights, groups[moved_id], order)
+    net = make().double().eval()  # a new one: some methods change the modules of theirs
     net.load_state_dict({key: torch.from_numpy(value) for key, value in moved.items()})
     torch.testing.assert_close(net(x), dense)
     method, context = prepared(name, net, groups, shape)
