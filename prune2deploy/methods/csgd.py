@@ -45,9 +45,6 @@ _SCHEDULE = tuple((1 + math.cos(math.pi * (step + 0.5) / 100)) / 2 for step in r
 
 _TINY = 1e-12
 
-_MARGIN = 0.75
-"""A training is refused beforehand where it gives less than this share of the steps that are predicted."""
-
 
 @final
 @dataclass(frozen=True)
@@ -167,7 +164,8 @@ class CSGD(Method):
         """Train as `TrainingHooks.fit`, unless the settings are such that it cannot end well.
 
         Raises:
-            InputError: if the channels would be pulled beyond their mean, or there are far too few steps.
+            InputError: if the channels would be pulled beyond their mean, or there are too few steps for channels that
+                differ by as much as they are large.
         """
         if self.learning_rate * max(self.strength + self.weight_decay, self.strength * self.vector_strength) > 1:
             raise InputError(
@@ -177,7 +175,7 @@ class CSGD(Method):
         images = len(task.data.train)
         per_epoch = images // min(self.batch_size, images)
         wanted = max(self._missing(role, 1.0, scheduled=True) for role in ("filter", "bias"))
-        if self.merge == "converged" and self.epochs * per_epoch < _MARGIN * wanted:
+        if self.merge == "converged" and self.epochs * per_epoch < wanted:
             raise InputError(
                 f"method 'csgd' would not converge: its {self.epochs} epochs are {self.epochs * per_epoch:,} steps, "
                 f"but about {wanted:,} are needed; give --option epochs={math.ceil(wanted / per_epoch)}, "

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from graph.small import run
 from onnx.reference import ReferenceEvaluator
-from torch import Tensor, nn
+from torch import nn
 from toy_groups import (
     TOYS,
     Mobile,
@@ -27,7 +27,6 @@ from toy_groups import (
     with_merged_readers,
 )
 
-import prune2deploy as p2d
 from methods.test_table import toy_task
 from prune2deploy.apply import ChannelMeans, MergeKeeper, set_weights, weights_of
 from prune2deploy.budget import Budget, Target
@@ -518,44 +517,3 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(DeviceError, match=r"scikit-learn is not installed.*prune2deploy\[torch\]"):
         kmeans(planted(3, 2, 0.1), 2)
-
-
-# --- in a loop of one's own -------------------------------------------------------------------------------------------
-
-
-def test_in_a_users_own_loop_it_converges_and_the_slim_graph_is_the_network(tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    net = Residual()
-    x = torch.randn(32, 3, 8, 8)
-    labels = (x[:, 0].mean((1, 2)) > 0).long() + 2 * (x[:, 1].mean((1, 2)) > 0).long()
-    method = p2d.methods.CSGD(strength=1.0, vector_strength=1.0, learning_rate=0.05, momentum=0.9)
-    pruner = p2d.Pruner(net, x[:2], method=method, target=p2d.Target(macs=0.5))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-
-    def step() -> Tensor:
-        net.train()
-        loss = F.cross_entropy(net(x), labels) + pruner.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        pruner.after_backward()
-        optimizer.step()
-        pruner.after_step()
-        return loss.detach()
-
-    first = step()
-    with pytest.raises(InputError, match="has not converged"):
-        pruner.finish()
-    for _ in range(260):
-        last = step()
-    assert last < 0.8 * first
-    before = net.eval()(x)
-    pruned = pruner.finish()
-    assert (net.eval()(x) - before).abs().max() <= 1e-4 * before.abs().max()
-    section = p2d.export(net, pruned, x[:2], tmp_path / "slim.onnx")
-    dense = pruned.groups.cost.macs(pruned.groups.full_widths())
-    planned = pruned.groups.cost.macs(widths(pruned.masks))
-    assert section["macs"] == {"before": dense, "after": planned}
-    assert planned <= 0.5 * dense
-    for _ in range(3):
-        step()  # fine-tuning: the copies stay exact
-    assert p2d.export(net.eval(), pruned, x[:2], tmp_path / "slim.onnx")["macs"]["after"] == planned
