@@ -26,9 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-out = Console(
-    highlight=False, markup=False, width=None if sys.stdout.isatty() else 120, quiet=not ranks.is_first()
-)
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120, quiet=not ranks.is_first())
 err = Console(stderr=True, highlight=False, quiet=not ranks.is_first())
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of tables.")]

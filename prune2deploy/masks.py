@@ -45,6 +45,20 @@ def save_merges(merges: Mapping[str, np.ndarray], path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def load_merges(path: Path) -> dict[str, np.ndarray]:
+    """Return what `save_merges` wrote; nothing where there is no file.
+
+    Raises:
+        InputError: if the file is not safetensors.
+    """
+    try:
+        return dict(load_file(path)) if path.exists() else {}
+    except SafetensorError as error:
+        raise InputError(
+            f"'{path}' is not a safetensors file ({one_line(error, 120)}); run 'p2d prune' again"
+        ) from error
+
+
 def widths(masks: Masks) -> dict[str, int]:
     """Return how many channels each group keeps."""
     return {name: int(mask.sum()) for name, mask in masks.items()}

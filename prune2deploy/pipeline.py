@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prune2deploy import ranks
 from prune2deploy.budget import Budget, Target, resolve_floors
 from prune2deploy.environment import environment
 from prune2deploy.errors import DeviceError, InputError, StrictError, one_line
@@ -22,6 +24,7 @@ from prune2deploy.recipe import Recipe, load_recipe
 from prune2deploy.report import read_report, update_section, write_samples
 from prune2deploy.rounding import multiple_of
 from prune2deploy.slim import Note, slim_file
+from prune2deploy.unfinished import EVENTS, FOLDER, Unfinished, fingerprint
 
 if TYPE_CHECKING:
     import onnx
@@ -127,8 +130,18 @@ def _require_device(device: str) -> None:
 # --- prune ------------------------------------------------------------------------------------------------------------
 
 
-def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callable[[Any], None] | None = None) -> None:
+def prune(
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: bool = False,
+    note: Note = silent,
+    on_progress: Callable[[Any], None] | None = None,
+) -> None:
     """Choose masks, apply them, fine-tune, and write masks, weights, groups and the report's section ``prune``.
+
+    With ``resume`` a fine-tuning that was interrupted goes on. Of several processes, as ``torchrun`` starts them, an
+    ONNX file needs one only.
 
     Raises:
         InputError: if the recipe cannot be carried out; then nothing of an earlier run is changed.
@@ -136,11 +149,12 @@ def prune(recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callab
     if recipe.is_onnx:
         from prune2deploy.prune_onnx import prune_onnx
 
-        prune_onnx(recipe, run, note=note)
+        if ranks.is_first():
+            prune_onnx(recipe, run, note=note)
     else:
         from prune2deploy.prune_network import prune_network
 
-        prune_network(recipe, run, note=note, on_progress=on_progress)
+        prune_network(recipe, run, resume=resume, note=note, on_progress=on_progress)
 
 
 def budget_of(recipe: Recipe, groups: Groups | None = None) -> Budget:
@@ -191,7 +205,8 @@ def forget_later_steps(run: Path) -> None:
     """Remove what an earlier run's later commands wrote: it would describe another network."""
     for name in LATER:
         (run / name).unlink(missing_ok=True)
-    for path in [*(run / "samples").glob("*.json"), *(run / "engines").glob("*")]:
+    shutil.rmtree(run / EVENTS, ignore_errors=True)
+    for path in [*(run / "samples").glob("*.json"), *(run / "engines").glob("*"), *(run / "narrow").glob("*")]:
         path.unlink()
 
 
@@ -238,8 +253,10 @@ def prune_section(recipe: Recipe, groups: Groups, masks: Masks, budget: Budget) 
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def export(run: Path, *, note: Note = silent) -> Slimmed:
+def export(run: Path, *, torch: bool = False, note: Note = silent) -> Slimmed:
     """Write ``dense.onnx``, ``masked.onnx`` and, once it is verified, ``slim.onnx`` of a run.
+
+    With ``torch`` also the narrow PyTorch network, to ``narrow/`` (see `narrow.load_narrow`).
 
     Raises:
         InputError: if the run is not one, or a file of it is missing or broken.
@@ -254,6 +271,8 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
     if recipe.is_onnx:
         from prune2deploy.prune_onnx import slim_again
 
+        if torch:
+            raise InputError(f"'{run}' is the run of an ONNX file, which has no PyTorch network; leave --torch out")
         return slim_again(run, recipe, note=note)
     with locked(run):
         note("loading the run")
@@ -276,6 +295,11 @@ def export(run: Path, *, note: Note = silent) -> Slimmed:
         update_section(run, "export", section)
         slimmed = slim_file(run / "masked.onnx", run / "slim.onnx", samples=real_samples(task), run=run, note=note)
         require_promise(run)
+        if torch:
+            from prune2deploy.export_narrow import narrow_run
+
+            note("writing the narrow PyTorch network")
+            narrow_run(run, task, method)
         return slimmed
 
 
@@ -484,16 +508,27 @@ def walk(
     from prune2deploy.page import write_page
 
     load_backend(recipe.bench.backend)  # before the work, not after it
-    done = finished_steps(run, recipe) if resume else set()
+    done = _agreed_steps(run, recipe) if resume else set()
     if "prune" not in done:
-        prune(recipe, run, note=note, on_progress=on_progress)
+        prune(recipe, run, resume=resume, note=note, on_progress=on_progress)
         done = {"prune", "slim"} if recipe.is_onnx else {"prune"}
+    if not ranks.is_first():  # the others were there to train
+        return
     if "slim" not in done:
         export(run, note=note)
     if "bench" not in done:
         bench_run(run, recipe, note=note, on_progress=on_round)
     note("writing report.html")
     write_page([run], run / "report.html")
+
+
+def _agreed_steps(run: Path, recipe: Recipe) -> set[str]:
+    """Return what the run has finished as the first process sees it: the others may be on machines without the run."""
+    if ranks.count() == 1 or recipe.is_onnx:
+        return finished_steps(run, recipe)
+    from prune2deploy.train import Processes
+
+    return Processes(ranks.own_device(recipe.device)).agreed(lambda: finished_steps(run, recipe))
 
 
 def finished_steps(run: Path, recipe: Recipe) -> set[str]:
@@ -505,6 +540,8 @@ def finished_steps(run: Path, recipe: Recipe) -> set[str]:
     if not (run / "report.json").exists() or not (run / "recipe.toml").exists():
         return set()
     if load_recipe(run / "recipe.toml") != recipe:
+        if not recipe.is_onnx and Unfinished(run / FOLDER, fingerprint(recipe)).is_of_this_recipe():
+            return set()  # the run is another recipe's, but this one was pruning anew when it was interrupted
         raise InputError(f"'{run}' was made by another recipe; leave --resume out to start anew, or choose another -o")
     report = read_report(run)
     weights = ("groups.json",) if recipe.is_onnx else ("weights.safetensors", "dense.safetensors", "analysis.onnx")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune2deploy.budget import Budget, protect
+from prune2deploy import ranks
+from prune2deploy.budget import Budget, protect, share
 from prune2deploy.environment import environment
 from prune2deploy.errors import InputError
 from prune2deploy.files import write_bytes, write_json
 from prune2deploy.groups import Groups
-from prune2deploy.masks import save_masks, save_merges
+from prune2deploy.masks import save_masks, save_merges, widths
 from prune2deploy.pipeline import (
     Loaded,
     budget_of,
@@ -26,25 +29,46 @@ from prune2deploy.pipeline import (
 from prune2deploy.recipe import Recipe, save_recipe
 from prune2deploy.report import update_section
 from prune2deploy.slim import Note
+from prune2deploy.unfinished import (
+    EVENTS,
+    FINETUNING,
+    FOLDER,
+    LOG,
+    Pruned,
+    TrainingLog,
+    Unfinished,
+    entry,
+    fingerprint,
+    read_log,
+    write_log,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from prune2deploy.methods.base import Method, PruneResult
-    from prune2deploy.train import Task
+    from prune2deploy.train import EpochResult, Processes, Task
 
 
 def prune_network(
-    recipe: Recipe, run: Path, *, note: Note = silent, on_progress: Callable[[Any], None] | None = None
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: bool = False,
+    note: Note = silent,
+    on_progress: Callable[[Any], None] | None = None,
 ) -> None:
     """Choose masks, apply them, fine-tune, and write masks, weights, groups and the report's section ``prune``.
 
+    Until fine-tuning is over, all of it lies in ``RUN/checkpoints``; with ``resume`` an interrupted fine-tuning goes on
+    from there. Under ``torchrun`` all processes train, and the first one writes.
+
     Raises:
-        InputError: if the recipe cannot be carried out; then nothing of an earlier run is changed.
+        InputError: if the recipe cannot be carried out, or ``checkpoints`` is another recipe's; then nothing of an
+            earlier run is changed.
     """
-    from prune2deploy.exporter import export_network
-    from prune2deploy.graph.groups import find_groups
     from prune2deploy.methods import load_method
+    from prune2deploy.train import Processes
 
     if recipe.samples is not None:
         raise InputError(f"--samples is for ONNX files; give the images of '{recipe.network}' with --data")
@@ -53,44 +77,134 @@ def prune_network(
         raise InputError(f"from_scratch needs a network that masks make smaller, and '{recipe.method}' has none")
     budget_of(recipe)  # what is wrong with it is wrong before the network is loaded
     note("loading the network and the data")
-    loaded = load_task(recipe)
-    module = loaded.network.module
-    with locked(run):
-        seconds: dict[str, float] = {}
-        with timed(seconds, "export"):
-            note("finding the groups in the exported graph")
-            analysis = export_network(module, loaded.network.example_inputs, fuse=False)
-            serialized = analysis.model.SerializeToString(deterministic=True)
-            groups = protect(find_groups(analysis.model), recipe.keep)
-        budget = budget_of(recipe, groups)
-        dense = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-        accuracy: dict[str, Any] = {"dense": _accuracy(loaded, "dense", note, seconds), "finetuned": None}
-        task = _training_task(loaded, note, on_progress)
-        result = _chosen(method, loaded, groups, budget, task, seconds)
-        outcome = _train(loaded, groups, result, task, accuracy, seconds)
-        outcome["warnings"].extend(result.report.get("warnings", []))
+    loaded = load_task(recipe.model_copy(update={"device": ranks.own_device(recipe.device)}))
+    processes = Processes(loaded.recipe.device)
+    with _held(run, processes):
+        unfinished = Unfinished(run / FOLDER, fingerprint(recipe))
+        pruned = processes.agreed(unfinished.load) if resume else None
+        with _log(recipe, unfinished, pruned, processes) as log:
+            task = _training_task(loaded, note, on_progress, log)
+            teacher = copy.deepcopy(loaded.network.module) if recipe.finetune.distill else None
+            if pruned is None:
+                pruned = _prune(method, loaded, task, processes)
+                if recipe.finetune.epochs and processes.is_first:
+                    unfinished.save(pruned)
+            else:
+                method.rebuild(loaded.network.module, pruned.groups)
+                loaded.network.module.load_state_dict(pruned.weights)
+            if log is not None:
+                log.what = FINETUNING
+            results = _finetune(loaded, pruned, task, teacher, unfinished, processes)
         if method.needs_finetuning and not recipe.finetune.epochs:
             why = method.needs_finetuning
-            outcome["warnings"].append(f"'{recipe.method}' {why}: of no use before --finetune-epochs")
-        forget_later_steps(run)
-        write_bytes(run / "analysis.onnx", serialized)
-        write_json(run / "source_map.json", analysis.source_map)
-        groups.save(run / "groups.json")
-        save_masks(result.keep, run / "masks.safetensors")
-        save_merges(result.merges, run / "merges.safetensors")
-        if outcome["history"]:
-            lines = "".join(json.dumps(entry) + "\n" for entry in outcome["history"])
-            write_bytes(run / "log.jsonl", lines.encode())
-        _save_weights(loaded, module.state_dict(), run / "weights.safetensors")
-        _save_weights(loaded, dense, run / "dense.safetensors")
-        save_recipe(recipe, run / "recipe.toml")
-        section = prune_section(recipe, groups, result.keep, budget) | outcome
-        section["method_report"] = result.report
-        update_section(run, "prune", section)
-        update_section(run, "environment", environment())
+            pruned.warnings.append(f"'{recipe.method}' {why}: of no use before --finetune-epochs")
+        if processes.is_first:
+            _publish(recipe, run, loaded, pruned, results)
+            unfinished.remove()
+        processes.wait()
 
 
-def _training_task(loaded: Loaded, note: Note, on_progress: Callable[[Any], None] | None) -> Task:
+@contextmanager
+def _held(run: Path, processes: Processes) -> Iterator[None]:
+    """Hold the run's lock in the first process, for all of them."""
+    with ExitStack() as stack:
+        processes.agreed(lambda: stack.enter_context(locked(run)))
+        processes.wait()  # whoever looked what the run has finished has seen it before anything is written
+        yield
+
+
+@contextmanager
+def _log(
+    recipe: Recipe, unfinished: Unfinished, pruned: Pruned | None, processes: Processes
+) -> Iterator[TrainingLog | None]:
+    """Write the log of the run's trainings while the block runs; the other processes have none."""
+    if not processes.is_first:
+        yield None
+        return
+    known = []
+    if pruned is not None:
+        known = pruned.history + [
+            one for one in read_log(unfinished.folder / LOG) if one.get("what") == FINETUNING and "epoch" in one
+        ]
+    log = TrainingLog(unfinished.folder, tensorboard=recipe.finetune.tensorboard, entries=known)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def _publish(recipe: Recipe, run: Path, loaded: Loaded, pruned: Pruned, results: list[EpochResult]) -> None:
+    """Write the files of a run that is pruned and fine-tuned, in place of an earlier run's."""
+    history = [entry(FINETUNING, result) for result in results]
+    module = loaded.network.module
+    forget_later_steps(run)
+    write_bytes(run / "analysis.onnx", pruned.analysis)
+    write_json(run / "source_map.json", pruned.source_map)
+    pruned.groups.save(run / "groups.json")
+    save_masks(pruned.keep, run / "masks.safetensors")
+    save_merges(pruned.merges, run / "merges.safetensors")
+    if pruned.history or history:
+        write_log(run / "log.jsonl", pruned.history + history)
+    if recipe.finetune.tensorboard and (run / FOLDER / EVENTS).is_dir():
+        (run / FOLDER / EVENTS).rename(run / EVENTS)
+    _save_weights(loaded, module.state_dict(), run / "weights.safetensors")
+    _save_weights(loaded, pruned.dense, run / "dense.safetensors")
+    save_recipe(recipe, run / "recipe.toml")
+    section = prune_section(recipe, pruned.groups, pruned.keep, budget_of(recipe, pruned.groups))
+    section |= {
+        "accuracy": pruned.accuracy,
+        "history": history,
+        "method_history": pruned.history,
+        "seconds": pruned.seconds,
+        "warnings": pruned.warnings + [f"fine-tuning: {text}" for result in results for text in result.warnings],
+        "method_report": pruned.report,
+    }
+    update_section(run, "prune", section)
+    update_section(run, "environment", environment())
+
+
+def _prune(method: Method, loaded: Loaded, task: Task, processes: Processes) -> Pruned:
+    """Choose what to remove and mask the network in place; return it as it is before fine-tuning."""
+    from prune2deploy.exporter import export_network
+    from prune2deploy.graph.groups import find_groups
+
+    recipe, module = loaded.recipe, loaded.network.module
+    seconds: dict[str, float] = {}
+    with timed(seconds, "export"):
+        task.note("finding the groups in the exported graph")
+        analysis = export_network(module, loaded.network.example_inputs, fuse=False)
+        serialized = analysis.model.SerializeToString(deterministic=True)
+        groups = protect(find_groups(analysis.model), recipe.keep)
+    budget = budget_of(recipe, groups)
+    dense = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    accuracy: dict[str, Any] = {"dense": _accuracy(loaded, "dense", task, processes, seconds), "finetuned": None}
+    result = _chosen(method, loaded, groups, budget, task, seconds)
+    result = processes.agreed(lambda: result)
+    warnings = [f"{recipe.method}: {text}" for each in task.history for text in each.warnings]
+    history = [entry("method", each) for each in task.history]
+    warnings += _mask(loaded, groups, result, task)
+    accuracy["pruned"] = _accuracy(loaded, "pruned", task, processes, seconds)
+    if recipe.weights is None and ".py:" not in recipe.network:
+        warnings.append(f"no --weights: '{recipe.network}' is untrained, so its accuracy says nothing")
+    return Pruned(
+        analysis=serialized,
+        source_map=analysis.source_map,
+        groups=groups,
+        keep=result.keep,
+        merges=result.merges,
+        dense=dense,
+        weights={name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()},
+        accuracy=accuracy,
+        history=history,
+        seconds=seconds,
+        warnings=warnings + list(result.report.get("warnings", [])),
+        report=result.report,
+    )
+
+
+def _training_task(
+    loaded: Loaded, note: Note, on_progress: Callable[[Any], None] | None, log: TrainingLog | None
+) -> Task:
     from prune2deploy.train import Task
 
     recipe = loaded.recipe
@@ -102,6 +216,7 @@ def _training_task(loaded: Loaded, note: Note, on_progress: Callable[[Any], None
         device=recipe.device,
         settings={"precision": recipe.finetune.precision},
         on_progress=on_progress,
+        on_epoch=None if log is None else log.note,
         note=note,
     )
 
@@ -126,16 +241,9 @@ def _chosen(
         return method.plan(weights_of(module), groups, budget, context)
 
 
-def _train(
-    loaded: Loaded,
-    groups: Groups,
-    planned: PruneResult,
-    task: Task,
-    accuracy: dict[str, Any],
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Mask the network in place and fine-tune it; return accuracies, history, times and warnings."""
-    from prune2deploy.apply import MaskKeeper, MergeKeeper, apply_masks, fold_offsets, set_weights
+def _mask(loaded: Loaded, groups: Groups, planned: PruneResult, task: Task) -> list[str]:
+    """Mask the network in place, as it is before fine-tuning; return what of the plan could not be done."""
+    from prune2deploy.apply import MergeKeeper, apply_masks, fold_offsets, set_weights
 
     recipe, module, masks = loaded.recipe, loaded.network.module.to(loaded.recipe.device), planned.silent
     if recipe.from_scratch:
@@ -151,45 +259,62 @@ def _train(
         task.note("measuring the norms' statistics anew")
         task.recalibrate(module)
         merging.after_step()
-    accuracy["pruned"] = _accuracy(loaded, "pruned", task.note, seconds)
-    before = len(task.history)
+    return list(skipped)
+
+
+def _finetune(
+    loaded: Loaded, pruned: Pruned, task: Task, teacher: nn.Module | None, unfinished: Unfinished, processes: Processes
+) -> list[EpochResult]:
+    """Fine-tune the masked network in place, from the last checkpoint on, and measure it; leave it on the CPU."""
+    from prune2deploy.apply import MaskKeeper, MergeKeeper
+
+    recipe, module = loaded.recipe, loaded.network.module.to(loaded.recipe.device)
+    results: list[EpochResult] = []
     if recipe.finetune.epochs:
-        masking = MaskKeeper(module, groups, masks)
+        masking = MaskKeeper(module, pruned.groups, pruned.silent)
+        merging = MergeKeeper(module, pruned.groups, pruned.merges)
 
         def keep_pruned() -> None:
             masking()
             merging.after_step()
 
-        task.note("fine-tuning")
-        with timed(seconds, "finetune"):
-            task.train(
+        left = share(pruned.groups, "macs", widths(pruned.keep))
+        task.note(f"fine-tuning with {100 * left:.1f} % of the MACs")
+        with timed(pruned.seconds, "finetune"):
+            results = task.train(
                 module,
-                epochs=recipe.finetune.epochs,
-                lr=recipe.finetune.learning_rate,
-                weight_decay=recipe.finetune.weight_decay,
-                batch_size=recipe.finetune.batch_size,
+                **_settings(recipe, teacher),
                 after_backward=merging.after_backward,
                 after_step=keep_pruned,
+                checkpoint=unfinished.folder,
+                fingerprint=unfinished.fingerprint,
             )
-        accuracy["finetuned"] = _accuracy(loaded, "finetuned", task.note, seconds)
+        pruned.accuracy["finetuned"] = _accuracy(loaded, "finetuned", task, processes, pruned.seconds)
     module.to("cpu")
-    warnings = list(skipped)
-    if recipe.weights is None and ".py:" not in recipe.network:
-        warnings.append(f"no --weights: '{recipe.network}' is untrained, so its accuracy says nothing")
-    return {
-        "accuracy": accuracy,
-        "history": _history(task.history[before:]),
-        "method_history": _history(task.history[:before]),
-        "seconds": seconds,
-        "warnings": warnings,
+    return results
+
+
+def _settings(recipe: Recipe, teacher: nn.Module | None) -> dict[str, Any]:
+    """Return the recipe's settings of fine-tuning as `train.finetune` takes them."""
+    from prune2deploy.train import distill_loss
+
+    how = recipe.finetune
+    settings: dict[str, Any] = {
+        "epochs": how.epochs,
+        "optimizer": how.optimizer,
+        "lr": how.learning_rate,
+        "momentum": how.momentum,
+        "weight_decay": how.weight_decay,
+        "batch_size": how.batch_size,
+        "warmup_epochs": how.warmup_epochs,
+        "ema": how.ema,
+        "gradient_clipping": how.gradient_clipping,
     }
-
-
-def _history(results: list[Any]) -> list[dict[str, Any]]:
-    return [
-        {"epoch": one.epoch, "loss": one.loss, "holdout_top1": one.holdout.top1, "seconds": one.seconds}
-        for one in results
-    ]
+    if teacher is None:
+        return settings | {"label_smoothing": how.label_smoothing}
+    smoothing, precision = how.label_smoothing, how.precision
+    loss = distill_loss(teacher, how.distill_share, how.temperature, label_smoothing=smoothing, precision=precision)
+    return settings | {"loss": loss}
 
 
 def _start_anew(loaded: Loaded, module: nn.Module) -> None:
@@ -214,13 +339,20 @@ def _start_anew(loaded: Loaded, module: nn.Module) -> None:
     module.load_state_dict(fresh.state_dict())
 
 
-def _accuracy(loaded: Loaded, name: str, note: Note, seconds: dict[str, float]) -> dict[str, Any]:
+def _accuracy(loaded: Loaded, name: str, task: Task, processes: Processes, seconds: dict[str, float]) -> dict[str, Any]:
     """Return the test accuracy: final figures only; choices use the held-out split."""
     from prune2deploy.train import evaluate
 
-    note(f"measuring the accuracy ({name})")
+    task.note(f"measuring the accuracy ({name})")
     with timed(seconds, f"accuracy_{name}"):
-        found = evaluate(loaded.network.module, loaded.data.test, loaded.mean, loaded.std, device=loaded.recipe.device)
+        found = evaluate(
+            loaded.network.module,
+            loaded.data.test,
+            loaded.mean,
+            loaded.std,
+            device=loaded.recipe.device,
+            processes=processes,
+        )
     return {"top1": found.top1, "images": found.images, "loss": found.loss}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import require_file, write_bytes
@@ -47,13 +47,40 @@ class Strict(BaseModel):
 
 
 class FineTuning(Strict):
-    """How the masked network is trained on: epochs over the training images, and the optimiser's settings."""
+    """How the masked network is trained on: epochs over the training images, and `train.finetune`'s settings.
+
+    With ``distill`` it also learns the dense network's answers: see `train.distill_loss`.
+    """
 
     epochs: Whole = Field(default=0, ge=0)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Real = Field(default=0.05, gt=0)
+    momentum: Real = Field(default=0.9, ge=0, lt=1)
     batch_size: Whole = Field(default=128, ge=1)
     weight_decay: Real = Field(default=5e-4, ge=0)
-    precision: str = "auto"
+    warmup_epochs: Real | None = Field(default=None, ge=0)
+    label_smoothing: Real = Field(default=0.0, ge=0, lt=1)
+    ema: Real = Field(default=0.0, ge=0, lt=1)
+    gradient_clipping: Real = Field(default=0.0, ge=0)
+    distill: Switch = False
+    distill_share: Real = Field(default=0.5, ge=0, le=1)
+    temperature: Real = Field(default=4.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    tensorboard: Switch = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_rate(cls, values: Any) -> Any:
+        """AdamW's steps are as long as the rate says, whatever the gradients, so its usual rate is far lower."""
+        if isinstance(values, dict) and values.get("optimizer") == "adamw" and "learning_rate" not in values:
+            return values | {"learning_rate": 1e-3}
+        return values
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "FineTuning":
+        if self.warmup_epochs is not None and self.epochs and self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs are {self.warmup_epochs:g}, more than the {self.epochs} epochs there are")
+        return self
 
 
 class Bench(Strict):

@@ -28,7 +28,7 @@ def update_section(run: Path, name: str, content: Mapping[str, Any]) -> None:
         raise KeyError(name)
     path = run / "report.json"
     document = _read(path) if path.exists() else {}
-    document[name] = _plain(content)
+    document[name] = plain(content)
     document["schema_version"] = SCHEMA_VERSION
     document["tool"] = {"name": "prune2deploy", "version": __version__}
     write_json(path, document)
@@ -49,7 +49,7 @@ def read_report(run: Path) -> dict[str, Any]:
 
 def write_samples(run: Path, samples: Samples, name: str = "bench") -> None:
     """Write the raw timings behind a section to ``samples/NAME.json`` in the run."""
-    write_json(run / "samples" / f"{name}.json", _plain(samples))
+    write_json(run / "samples" / f"{name}.json", plain(samples))
 
 
 def read_samples(run: Path, name: str = "bench") -> dict[str, list[list[float]]]:
@@ -90,14 +90,14 @@ def _is_samples(document: object) -> bool:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value as JSON has it: numpy's numbers and arrays as Python's, paths as text, and no NaN or infinity."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

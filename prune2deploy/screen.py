@@ -1,5 +1,6 @@
 """What a person sees in the terminal: tables of results, and progress. Builds renderables; only `cli` prints them."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,17 @@ from rich.text import Text
 from rich.tree import Tree
 
 from prune2deploy.findings import Findings, caveats
+
+
+class _Warnings(logging.Handler):
+    """Prints warnings, a line each."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(Text(f"warning: {record.getMessage()}", style="yellow"), soft_wrap=True)
 
 
 class Live:
@@ -34,9 +46,15 @@ class Live:
 
     @contextmanager
     def shown(self) -> Iterator["Live"]:
-        """Show the line while the block runs."""
-        with self._progress:
-            yield self
+        """Show the line while the block runs, and above it, terminal or not, the warnings of what runs."""
+        said = _Warnings(self._progress.console)
+        logger = logging.getLogger("prune2deploy")
+        logger.addHandler(said)
+        try:
+            with self._progress:
+                yield self
+        finally:
+            logger.removeHandler(said)
 
     def note(self, text: str) -> None:
         """Say what happens now."""
@@ -46,6 +64,8 @@ class Live:
         """Show a training step (`train.Progress`)."""
         total, done = at.epochs * at.steps, (at.epoch - 1) * at.steps + at.step
         detail = f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}"
+        if at.top1 is not None:
+            detail += f"  held-out accuracy {100 * at.top1:.2f} %"
         self._progress.update(self._task, total=total, completed=done, detail=detail)
 
     def trials(self, done: int, total: int) -> None:

@@ -28,6 +28,7 @@ class Task:
         settings: arguments of `train.finetune` that hold where a method gives none, such as ``precision``.
         history: what every epoch of every training gave; grows.
         on_progress: called after each step.
+        on_epoch: called after each epoch of every training, after what a method does then.
         note: told what happens now.
     """
 
@@ -39,6 +40,7 @@ class Task:
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[EpochResult] = field(default_factory=list)
     on_progress: Callable[[Progress], None] | None = None
+    on_epoch: Callable[[EpochResult], None] | None = None
     note: Callable[[str], None] = lambda _: None
 
     def train(self, module: nn.Module, **how: Any) -> list[EpochResult]:
@@ -48,7 +50,16 @@ class Task:
             InputError: if one is out of range, or the loss stops being a number.
         """
         common: dict[str, Any] = {"mean": self.mean, "std": self.std, "seed": self.seed, "device": self.device}
-        found = finetune(module, self.data, **common | {"on_progress": self.on_progress} | self.settings | how)
+        given = common | {"on_progress": self.on_progress} | self.settings | how
+        after_epoch = given.pop("after_epoch", None)
+
+        def note_epoch(result: EpochResult) -> None:
+            if after_epoch is not None:
+                after_epoch(result)
+            if self.on_epoch is not None:
+                self.on_epoch(result)
+
+        found = finetune(module, self.data, after_epoch=note_epoch, **given)
         self.history.extend(found)
         return found
 
