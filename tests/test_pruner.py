@@ -194,9 +194,15 @@ def test_classes_of_methods_are_found_by_name_and_others_are_not() -> None:
         _ = p2d.prunner
 
 
-def test_the_example_of_an_own_loop_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "own_loop.py"), "--epochs", "1", "-o", str(tmp_path / "s.onnx")]
+@pytest.mark.parametrize("example", ["own_loop", "lightning_module"])
+def test_the_examples_end_with_a_verified_graph_and_an_accuracy_far_above_chance(example: str, tmp_path: Path) -> None:
+    if example == "lightning_module":
+        pytest.importorskip("lightning", reason="lightning is not installed")
+    script, out = ROOT / "examples" / f"{example}.py", tmp_path / "slim.onnx"
+    command = [sys.executable, "-W", "ignore", str(script), "--epochs", "2", "-o", str(out)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout
-    assert (tmp_path / "s.onnx").is_file()
+    assert out.is_file()
+    (accuracy,) = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("fine-tuned")]
+    assert float(accuracy.rstrip("%")) > 70
