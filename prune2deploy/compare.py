@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from prune2deploy import comparison, pipeline
 from prune2deploy.budget import Target
@@ -30,12 +30,29 @@ SCHEMA_VERSION = 1
 
 
 class Published(Strict):
-    """A result of a paper, to hold ours against: top-1 and that of its dense network, as shares."""
+    """A result of a paper, to hold ours of that target against; accuracies are shares.
+
+    Attributes:
+        method: which of the methods.
+        target: which of the targets; the first unless given.
+        text: what is shown.
+        top1: the pruned network's.
+        dense: the dense network's.
+        change: from the one to the other, where only that is known.
+    """
 
     method: str
     text: str
-    top1: float = Field(gt=0, lt=1)
+    target: str | None = None
+    top1: float | None = Field(default=None, gt=0, lt=1)
     dense: float | None = Field(default=None, gt=0, lt=1)
+    change: float | None = Field(default=None, gt=-1, lt=1)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.top1 is None and self.change is None:
+            raise ValueError("a published result has 'top1' or 'change'")
+        return self
 
 
 class CompareRecipe(Strict):

@@ -101,14 +101,20 @@ def published_rows(found: Sequence[Row], published: Sequence[Mapping[str, Any]])
     """Return each published result with ours, where the method was tried, and the gap between the two changes."""
     listed = []
     for paper in published:
-        ours = next((row for row in found if row["method"] == paper["method"] and row["finetuned"] is not None), None)
-        change = None if paper.get("dense") is None else paper["top1"] - paper["dense"]
+        ours = next((row for row in found if _is_of(row, paper)), None)
+        known = paper.get("dense") is not None and paper.get("top1") is not None
+        change = paper["top1"] - paper["dense"] if known else paper.get("change")
         own_change = None if ours is None or ours["dense"] is None else ours["finetuned"] - ours["dense"]
         gap = None if change is None or own_change is None else own_change - change
         listed.append(
             {**paper, "change": change, "ours": ours and ours["finetuned"], "own_change": own_change, "gap": gap}
         )
     return listed
+
+
+def _is_of(row: Row, paper: Mapping[str, Any]) -> bool:
+    wanted = paper.get("target")
+    return row["method"] == paper["method"] and row["finetuned"] is not None and wanted in (None, row["target"])
 
 
 HEAD = (
@@ -172,7 +178,7 @@ def published_cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["text"],
         _percent(row.get("dense")),
-        _percent(row["top1"]),
+        _percent(row.get("top1")),
         _points(row["change"]),
         _percent(row["ours"]),
         _points(row["own_change"]),

@@ -127,11 +127,15 @@ def test_a_row_has_means_and_deviation_over_seeds_and_says_whether_random_is_bea
 
 
 def test_a_published_result_stands_beside_ours_with_the_gap_between_the_changes() -> None:
-    row = {"method": "bn", "finetuned": 0.91, "dense": 0.92}
+    row = {"method": "bn", "target": "macs=0.5", "finetuned": 0.91, "dense": 0.92}
     paper = {"method": "bn", "text": "Oh et al.", "top1": 0.935, "dense": 0.93}
     (found,) = comparison.published_rows([row], [paper])
     assert found["change"] == pytest.approx(0.005)
     assert found["gap"] == pytest.approx(-0.015)
+    (only_change,) = comparison.published_rows([row], [{"method": "bn", "text": "PAAM", "change": 0.0102}])
+    assert only_change["gap"] == pytest.approx(-0.0202)
+    (elsewhere,) = comparison.published_rows([row], [paper | {"target": "macs=0.4"}])
+    assert elsewhere["ours"] is None
     (missing,) = comparison.published_rows([], [paper])
     assert missing["ours"] is None
     assert "+0.50" in comparison.published_cells(found)
@@ -245,6 +249,10 @@ def test_without_ray_its_option_says_what_to_install(tmp_path: Path, monkeypatch
         ("methods = ['bn']\n[options.bn]\nscore = 'x'\n[recipe]\nnetwork = 'resnet20'\n", ("'score' cannot be 'x'",)),
         ("methods = ['l1']\n[recipe]\nnetwork = 'm.onnx'\n", ("ONNX file", "cannot be fine-tuned")),
         ("methods = [", ("is not TOML",)),
+        (
+            "methods = ['l1']\n[[published]]\nmethod='l1'\ntext='x'\n[recipe]\nnetwork='r'\n",
+            ("'top1' or 'change'",),
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_written(
