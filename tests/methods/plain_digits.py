@@ -6,17 +6,17 @@ from functools import cache
 
 import numpy as np
 import torch
-from toy_groups import conv_layer, filters, member, norm_layer, norm_members, of, reader, span
 from torch import Tensor, nn
+from toy_groups import conv_layer, filters, member, norm_layer, norm_members, of, reader, span
 
 from prune2deploy.apply import MaskKeeper, apply_masks
+from prune2deploy.budget import Budget
 from prune2deploy.cost import Cost, Term, Width
 from prune2deploy.data import load_data
 from prune2deploy.groups import Group, Groups
 from prune2deploy.masks import widths
 from prune2deploy.methods import load_method
-from prune2deploy.budget import Budget
-from prune2deploy.train import Task
+from prune2deploy.train import Task, evaluate
 
 WIDTHS = (16, 16, 32, 32)
 
@@ -89,13 +89,11 @@ def finetuned(net: nn.Module, keep: Mapping[str, np.ndarray], *, epochs: int = 2
     apply_masks(copy, groups, keep)
     if epochs:
         task.train(copy, epochs=epochs, lr=lr, batch_size=64, after_step=MaskKeeper(copy, groups, keep))
-    return tested(copy)
+    return top1_of(copy)
 
 
-def tested(net: nn.Module) -> float:
+def top1_of(net: nn.Module) -> float:
     """Return the top-1 accuracy on the test images."""
-    from prune2deploy.train import evaluate
-
     task = digits_task()
     return float(evaluate(net, task.data.test, task.mean, task.std).top1)
 
