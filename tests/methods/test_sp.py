@@ -161,6 +161,10 @@ def losses_in_training(one: SuperNet, images: Tensor, chosen: Mapping[str, int])
     return [loss.detach() for loss in found]
 
 
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
@@ -303,12 +307,12 @@ def test_the_losses_are_those_of_each_block_fed_with_the_full_networks_input() -
     full = randomise(Blocks()).double().train()
     entry = F.relu(full.bn(full.stem(images)))
     wanted, own = full.branch(0, entry), sub.branch(0, entry)
-    assert float(found[0]) == pytest.approx(float(((own - wanted) ** 2).sum() / (wanted**2).sum()), rel=1e-9)
+    assert_same(found[0], ((own - wanted) ** 2).sum() / (wanted**2).sum())
     middle = F.relu(wanted + entry)
     ends = [F.relu(branch + middle).mean((2, 3)) for branch in (full.branch(1, middle), sub.branch(1, middle))]
     target, logits = (full.fc(end).log_softmax(1) for end in ends)
     divergence = (target.exp() * (target - logits)).sum(1).mean()
-    assert float(found[1]) == pytest.approx(float(divergence), rel=1e-9)
+    assert_same(found[1], divergence)
 
 
 def test_in_a_row_a_stage_is_compared_on_the_channels_that_the_next_one_keeps() -> None:
@@ -325,12 +329,12 @@ def test_in_a_row_a_stage_is_compared_on_the_channels_that_the_next_one_keeps() 
     own = sub.n1(sub.c1(F.relu(sub.n0(sub.c0(images)))))
     seen = torch.from_numpy(masks["c1"]).view(1, -1, 1, 1)
     expected = (((own - wanted) * seen) ** 2).sum() / ((wanted * seen) ** 2).sum()
-    assert float(found[0]) == pytest.approx(float(expected), rel=1e-9)
+    assert_same(found[0], expected)
     behind = sub.n2(sub.c2(F.relu(wanted) * seen))  # only what the next stage keeps is fed to it
     there = full.n2(full.c2(F.relu(wanted)))
     kept = torch.from_numpy(masks["c2"]).view(1, -1, 1, 1)
     expected = (((behind - there) * kept) ** 2).sum() / ((there * kept) ** 2).sum()
-    assert float(found[1]) == pytest.approx(float(expected), rel=1e-9)
+    assert_same(found[1], expected)
 
 
 def test_what_one_stage_keeps_changes_no_other_stages_loss() -> None:
