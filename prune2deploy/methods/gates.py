@@ -10,6 +10,7 @@ ReLU6, SiLU, GELU and their like, not behind a sigmoid. What is pruned in the en
 gates only guide; `Silence` is the hard gate, and it is a mask.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -32,8 +33,13 @@ if TYPE_CHECKING:
 
     from prune2deploy.train import Task
 
+log = logging.getLogger(__name__)
+
 Gates = Mapping[str, "Tensor"]
 """Group id -> one gate for every channel, [channels]; a group that is not named is not gated."""
+
+_FALLEN = 0.5
+"""Gates that cost less than this share of what they were driven to say little: nothing held them."""
 
 _NO_DIRECTION = 1e-9
 """Singular values below this share of the largest are rounding: their directions mean nothing."""
@@ -142,6 +148,16 @@ def aim(groups: Groups, budget: Budget) -> tuple[TargetKind, float]:
     if budget.target is not None:
         return budget.target.kind, budget.target.share
     return "macs", share(groups, "macs", groups.full_widths() | budget.exact_widths(groups))
+
+
+def warn_if_fallen(method: str, soft: float, target: float) -> None:
+    """Warn where the gates cost far less than they were driven to: then the loss itself closed them."""
+    if soft < _FALLEN * target:
+        log.warning(
+            "%s: the gates fell to %.1f %% of the cost, where %.1f %% were asked for, so they say little; start from a "
+            "trained network, or give a lower strength or gate_lr",
+            *(method, 100 * soft, 100 * target),
+        )
 
 
 def train_gates(

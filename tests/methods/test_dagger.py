@@ -228,6 +228,15 @@ def test_half_the_digits_network_chosen_by_gates_beats_random_channels_of_the_sa
     assert top1_of(net) > 0.9  # gated, not masked
 
 
+def test_gates_that_close_for_the_loss_alone_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """An untrained network's loss is best with all gates closed."""
+    state = SHORT.fit(randomise(Residual()), residual_groups(), HALF, noise())
+    fell = state.report["soft_share"]["macs"] < 0.25
+    assert ("the gates fell" in caplog.text) == fell
+    replace(SHORT, epochs=30).fit(randomise(Residual()), residual_groups(), HALF, noise())
+    assert "dagger: the gates fell" in caplog.text
+
+
 def test_arrays_of_gates_are_float64() -> None:
     arrays = as_arrays({"a": torch.ones(3, requires_grad=True)})
     assert arrays["a"].dtype == np.float64

@@ -44,6 +44,7 @@ from prune2deploy.methods.gates import (
     soft_share,
     train_gates,
     trained,
+    warn_if_fallen,
 )
 
 
@@ -341,3 +342,10 @@ def test_without_training_there_is_nothing_to_choose_by() -> None:
 def test_groups_of_another_network_are_refused() -> None:
     with pytest.raises(InputError, match=r"no weight 'conv1.weight'"):
         Gated(randomise(Mobile()), residual_groups())
+
+
+def test_gates_that_fell_far_below_what_was_asked_for_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_if_fallen("dagger", 0.3, 0.5)
+    assert not caplog.records
+    warn_if_fallen("dagger", 0.2, 0.5)
+    assert "dagger: the gates fell to 20.0 % of the cost, where 50.0 % were asked for" in caplog.text
