@@ -44,7 +44,8 @@ from prune2deploy.methods.stages import (
     first_channels,
     width_choices,
 )
-from prune2deploy.methods.supernet import SuperNet, Watch, all_cuts, losses_of, measured_losses, rounds
+from prune2deploy.methods.supernet import SuperNet, all_cuts, losses_of, measured_losses, rounds
+from prune2deploy.methods.watch import Watch
 from prune2deploy.train import measure_norms
 
 Batch = tuple[Tensor, Tensor]
