@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prune2deploy import methods
     from prune2deploy.budget import Target
+    from prune2deploy.narrow import load_narrow
     from prune2deploy.pruner import Pruned, Pruner, export
 
 __version__ = "0.1.0"
-__all__ = ["Pruned", "Pruner", "Target", "__version__", "export", "methods"]
+__all__ = ["Pruned", "Pruner", "Target", "__version__", "export", "load_narrow", "methods"]
 
 _MODULES = {
     "Pruned": "prune2deploy.pruner",
     "Pruner": "prune2deploy.pruner",
     "Target": "prune2deploy.budget",
     "export": "prune2deploy.pruner",
+    "load_narrow": "prune2deploy.narrow",
 }
 """Where the public names are; torch is imported only when one of them is asked for."""
 

@@ -7,10 +7,11 @@ build it, and must compute what the masked network does before its files get the
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -19,12 +20,14 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from prune2deploy.errors import InputError, VerifyError
-from prune2deploy.exporter import Exported, export_network
+from prune2deploy.exporter import Exported, export_network, require_agreement
 from prune2deploy.files import write_json
 from prune2deploy.graph.model import copy_of
 from prune2deploy.graph.narrow import Code, Narrowed, narrow
 from prune2deploy.graph.normal import normalise, to_model
+from prune2deploy.groups import Groups
 from prune2deploy.narrow import (
+    GROUPS,
     MANIFEST,
     RESIZE,
     SCHEMA_VERSION,
@@ -35,10 +38,15 @@ from prune2deploy.narrow import (
     run_named,
     sampled,
 )
-from prune2deploy.networks import save_weights
+from prune2deploy.networks import load_network, save_weights
+from prune2deploy.pipeline import Loaded, real_samples
+from prune2deploy.report import read_report, update_section
+
+if TYPE_CHECKING:
+    from prune2deploy.methods.base import Method
 
 RTOL = 1e-4
-"""The difference allowed between the masked and the narrow network, of the largest output: they add up in other order."""
+"""The difference allowed between masked and narrow network, of the largest output: they add up in other orders."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +57,7 @@ class NarrowNetwork:
         module: rebuilt from the factory, in eval mode.
         macs, parameters: of convolutions and linear layers.
         whole: what could not be narrow: ``node``, its ``module`` and ``source`` where they are known, and ``why``.
+        idle: modules with parameters that eval mode does not run, as heads for training alone: they stay as they were.
         difference: the largest difference to the masked network, of its largest output.
     """
 
@@ -56,6 +65,7 @@ class NarrowNetwork:
     macs: int
     parameters: int
     whole: list[dict[str, str]]
+    idle: list[str]
     difference: float
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +74,7 @@ class NarrowNetwork:
             "macs": self.macs,
             "parameters": self.parameters,
             "whole": self.whole,
+            "idle": self.idle,
             "torch_difference": self.difference,
         }
 
@@ -119,11 +130,68 @@ def export_narrow(
     difference = _require_equal(masked, module, [example_inputs(shown), tuple(inputs), *([one] for one in samples)])
     if difference > RTOL:
         raise _differs(difference, module, inputs, exported, narrowed)
-    manifest["whole"] = whole
+    idle = _idle(masked, inputs, origins)
+    manifest |= {"whole": whole, "idle": idle}
     save_weights(tensors, folder / WEIGHTS, metadata)
     write_json(folder / MANIFEST, manifest)
     cost = narrowed.after()
-    return NarrowNetwork(module, cost.macs, cost.parameters, whole, difference)
+    return NarrowNetwork(module, cost.macs, cost.parameters, whole, idle, difference)
+
+
+def narrow_run(run: Path, task: Loaded, method: Method) -> None:
+    """Write ``narrow/`` of a run whose ``slim.onnx`` is there, and what a report says of it.
+
+    Args:
+        run: the folder; its lock is held.
+        task: with the masked network.
+        method: what pruned it.
+
+    Raises:
+        InputError: if the network's code hard-codes a width; the module is named.
+        VerifyError: if the narrow network differs from the masked one or from ``slim.onnx``.
+    """
+    recipe, network, folder = task.recipe, task.network, run / "narrow"
+    options: dict[str, Any] = {
+        "num_classes": task.data.num_classes,
+        "in_channels": task.data.in_channels,
+        "input_shape": recipe.input_shape or task.data.input_shape,
+    }
+    added = {"name": recipe.method, "options": recipe.method_options} if method.adds_modules else None
+    groups = Groups.load(run / GROUPS)
+
+    def factory() -> nn.Module:
+        module = load_network(recipe.network, **options).module
+        method.rebuild(module, groups)
+        return module
+
+    for path in folder.glob("*"):
+        path.unlink()
+    about = {"network": recipe.network, **options, "mean": task.mean, "std": task.std, "method": added}
+    metadata = {"network": recipe.network, "mean": json.dumps(task.mean), "std": json.dumps(task.std)}
+    samples = [torch.from_numpy(array) for array in real_samples(task).values()]
+    written = export_narrow(
+        network.module, network.example_inputs, factory, folder, about=about, metadata=metadata, samples=samples
+    )
+    if added is not None:
+        groups.save(folder / GROUPS)
+    agreement = require_agreement(written.module, run / "slim.onnx", network.example_inputs)
+    report = read_report(run)
+    narrow_section = {**written.to_json(), "slim_difference": agreement}
+    update_section(run, "export", {**report["export"], "narrow": narrow_section})
+    found = _warnings(written, report["slim"]["macs"]["after"])
+    update_section(run, "slim", {**report["slim"], "warnings": [*report["slim"]["warnings"], *found]})
+
+
+def _warnings(written: NarrowNetwork, slim_macs: int) -> list[str]:
+    found = []
+    if written.macs > slim_macs:
+        more, places = written.macs - slim_macs, dict.fromkeys(named(entry) for entry in written.whole)
+        why = f"kept whole: {'; '.join(places)}" if places else "its groups and chunks stay equal, its branches stay"
+        found.append(f"the narrow PyTorch network has {more:,} MACs more than the slim graph ({why})")
+    if written.idle:
+        names = ", ".join(f"'{name}'" for name in written.idle)
+        found.append(f"{names} of the narrow PyTorch network stay as wide as they were: eval mode does not run them")
+    return found
 
 
 # --- which constant of the graph is which parameter -------------------------------------------------------------------
@@ -162,9 +230,7 @@ def _traceable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > 1
 
 
-def _traced(
-    module: nn.Module, inputs: Sequence[Tensor], lost: Sequence[str], known: set[str]
-) -> dict[str, _Turned]:
+def _traced(module: nn.Module, inputs: Sequence[Tensor], lost: Sequence[str], known: set[str]) -> dict[str, _Turned]:
     probe = copy.deepcopy(module)
     state, first = probe.state_dict(), 1
     marks: dict[str, np.ndarray] = {}
@@ -175,17 +241,17 @@ def _traced(
         marks[name] = state[name].double().numpy()
         first += count
     found: dict[str, _Turned] = {}
-    for tensor in _normal(export_network(probe, inputs, fuse=False).model).graph.initializer:
-        if tensor.name in known or int(np.prod(tensor.dims)) < 2:
+    for constant in _normal(export_network(probe, inputs, fuse=False).model).graph.initializer:
+        if constant.name in known or int(np.prod(constant.dims)) < 2:
             continue
-        array = numpy_helper.to_array(tensor)
-        for name, mark in marks.items():
-            if array.size != mark.size:
+        array = numpy_helper.to_array(constant)
+        for name, own in marks.items():
+            if array.size != own.size:
                 continue
-            if np.array_equal(array.ravel(), mark.ravel()):
-                found[name] = _Turned(tensor.name, transposed=False)
-            elif mark.ndim == 2 and array.shape == mark.shape[::-1] and np.array_equal(array.T, mark):
-                found[name] = _Turned(tensor.name, transposed=True)
+            if np.array_equal(array.ravel(), own.ravel()):
+                found[name] = _Turned(constant.name, transposed=False)
+            elif own.ndim == 2 and array.shape == own.shape[::-1] and np.array_equal(array.T, own):
+                found[name] = _Turned(constant.name, transposed=True)
     return found
 
 
@@ -287,6 +353,24 @@ def _whole(narrowed: Narrowed, exported: Exported) -> list[dict[str, str]]:
     return [{"node": node, "why": why, **exported.source_map.get(node, {})} for node, why in narrowed.whole.items()]
 
 
+def _idle(module: nn.Module, inputs: Sequence[Tensor], origins: Mapping[str, str]) -> list[str]:
+    """Return the outermost modules with parameters of which a run in eval mode, and the graph, know nothing."""
+    run: set[str] = set()
+    handles = [
+        part.register_forward_pre_hook(lambda *_, name=name: run.add(name)) for name, part in module.named_modules()
+    ]
+    run_named(module, inputs)
+    for handle in handles:
+        handle.remove()
+    used = run | {name.rpartition(".")[0] for name in origins}
+    idle: list[str] = []
+    for name, part in module.named_modules():
+        inner = {f"{name}.{below}" if below else name for below, _ in part.named_modules()}
+        if name and next(part.parameters(), None) is not None and not inner & used:
+            idle += [] if any(name.startswith(f"{other}.") for other in idle) else [name]
+    return idle
+
+
 def named(entry: Mapping[str, str]) -> str:
     """Return in words which code a node is of."""
     place = f"module '{entry['module']}'" if entry.get("module") else "the network itself"
@@ -313,7 +397,7 @@ def _require_equal(masked: nn.Module, module: nn.Module, cases: Sequence[Sequenc
 def _differs(
     difference: float, module: nn.Module, inputs: Sequence[Tensor], exported: Exported, narrowed: Narrowed
 ) -> Exception:
-    """Return the error for a narrow network that computes something else: the first node that its code made otherwise."""
+    """Return the error for a narrow network that computes something else, by the first node that its code changed."""
     again = _normal(export_network(module, inputs, fuse=False).model)
     wanted = {node.name: node for node in narrowed.model.graph.node}
     mine, theirs = _small(again, module), _small(narrowed.model, module)

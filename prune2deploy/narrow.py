@@ -1,7 +1,7 @@
 """The narrow PyTorch network: the modules of any factory, sliced to the channels that pruning left.
 
-`load_narrow` needs no graph and no pickle: ``narrow.json`` says what is kept of which parameter, ``weights.safetensors``
-holds what is left. Both are written by ``p2d export RUN --torch``.
+`load_narrow` needs no graph and no pickle: ``narrow.json`` says what is kept of which parameter, and
+``weights.safetensors`` holds what is left. Both are written by ``p2d export RUN --torch``.
 """
 
 from __future__ import annotations
@@ -143,9 +143,7 @@ def _rebuild(module: nn.Module, manifest: Mapping[str, Any], folder: Path) -> No
     method.rebuild(module, Groups.load(_file(folder, GROUPS)))
 
 
-def _require_same(
-    module: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
-) -> None:
+def _require_same(module: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Require that the module is the network that was narrowed, at full width."""
     state, wanted = module.state_dict(), manifest["parameters"]
     differences = [f"'{name}' is missing" for name in wanted if name not in state]

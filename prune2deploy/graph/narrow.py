@@ -1,8 +1,8 @@
 """Narrow without changing the nodes: what the network's own code needs, run on smaller weights.
 
-`rewrite` leaves layers out, adds Gathers, divides convolutions and changes the bounds of slices; code that somebody else
-wrote does none of it. Here every node stays and only parameters shrink. Where that cannot be, the channels around the
-node are kept whole, and the node is named.
+`rewrite` leaves layers out, adds Gathers, divides convolutions and changes the bounds of slices; code that somebody
+else wrote does none of it. Here every node stays and only parameters shrink. Where that cannot be, the channels around
+the node are kept whole, and the node is named.
 """
 
 from __future__ import annotations
