@@ -86,7 +86,7 @@ def folded_means(
     for group_id, offset in offsets.items():
         removed_offset = np.where(masks[group_id], 0.0, offset)
         for member in groups[group_id].of_role("reader") if removed_offset.any() else []:
-            fold = (refused or {}).get(member.parameter) or _fold_place(weights, groups, member)
+            fold = (refused or {}).get(member.parameter) or fold_place(weights, groups, member)
             if isinstance(fold, str):
                 skipped.append(f"the means of removed channels of '{group_id}' are not folded: {fold}")
                 continue
@@ -96,14 +96,14 @@ def folded_means(
 
 
 @dataclass(frozen=True)
-class _FoldPlace:
+class FoldPlace:
     """The parameter that takes a constant, and with which sign."""
 
     parameter: str
     sign: float
 
 
-def _fold_place(weights: Arrays, groups: Groups, reader: Member) -> _FoldPlace | str:
+def fold_place(weights: Arrays, groups: Groups, reader: Member) -> FoldPlace | str:
     """Return where a reader's constant goes, or why it can go nowhere."""
     layer = groups.layer_by_name[reader.layer]
     dense_width = layer.in_width.at(groups.full_widths())
@@ -113,9 +113,9 @@ def _fold_place(weights: Arrays, groups: Groups, reader: Member) -> _FoldPlace |
         return f"'{layer.name}' is a grouped convolution"
     norm: Layer | None = groups.layer_by_name[layer.norm] if layer.norm else None
     if norm is not None and norm.mean is not None and norm.mean in weights:
-        return _FoldPlace(norm.mean, -1.0)
+        return FoldPlace(norm.mean, -1.0)
     if layer.bias is not None and layer.bias in weights:
-        return _FoldPlace(layer.bias, 1.0)
+        return FoldPlace(layer.bias, 1.0)
     return f"'{layer.name}' has no bias and no norm behind it"
 
 
