@@ -95,6 +95,8 @@ def prune_network(
             if log is not None:
                 log.what = FINETUNING
             results = _finetune(loaded, pruned, task, teacher, unfinished, processes)
+        if recipe.from_scratch and not recipe.finetune.epochs:
+            pruned.warnings.append("from scratch, but without --finetune-epochs: the network was never trained")
         if method.needs_finetuning and not recipe.finetune.epochs:
             why = method.needs_finetuning
             pruned.warnings.append(f"'{recipe.method}' {why}: of no use before --finetune-epochs")

@@ -1,6 +1,8 @@
 """How much accuracy each group costs: one group pruned at a time, at several shares, measured on held-out images.
 
 Nothing is trained. What is found of one group says how far it can go alone: groups that go together cost more.
+Weights that come from elsewhere may have been trained on the images that are held out here: then all accuracies are too
+high, and what counts is how they differ.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prune2deploy.methods.base import Method
-    from prune2deploy.train import Task
 
 SCHEMA_VERSION = 1
 NAME = "sensitivity.json"
@@ -95,8 +96,7 @@ def measure_sensitivity(
     with locked(folder):
         groups = _groups(loaded, note)
         note(f"scoring channels by {recipe.method}")
-        task = _task(loaded)
-        trial = _Trial(loaded, groups, task, survey, _scores(method, loaded, groups, task))
+        trial = _Trial(loaded, groups, survey, _scores(method, loaded, groups))
         document = _begun(folder / NAME, loaded, survey, trial)
         done = {one["id"]: one for one in document["groups"]}
         scored = [group for group in groups.prunable if group.id in trial.scores]
@@ -139,7 +139,6 @@ class _Trial:
 
     loaded: Loaded
     groups: Groups
-    task: Task
     survey: Survey
     scores: Mapping[str, np.ndarray]
 
@@ -158,13 +157,25 @@ class _Trial:
     def accuracy(self, widths: Mapping[str, int]) -> dict[str, Any]:
         """Return the accuracy with the best channels of these groups, and all others."""
         from prune2deploy.apply import apply_masks
+        from prune2deploy.train import recalibrate
 
         keep = {group.id: np.ones(group.size, dtype=np.bool_) for group in self.groups.groups}
         keep |= choose_masks({group: self.scores[group] for group in widths}, widths)
         module = deepcopy(self.loaded.network.module)
         apply_masks(module, self.groups, keep)
         if self.survey.recalibrate:
-            self.task.recalibrate(module, images=RECALIBRATION)
+            data, recipe = self.loaded.data, self.loaded.recipe
+            recalibrate(
+                module,
+                data.train,
+                self.loaded.mean,
+                self.loaded.std,
+                images=RECALIBRATION,
+                seed=recipe.seed,
+                device=recipe.device,
+                flip=data.flip,  # moved as in training: the norms saw the borders that shifts bring in
+                pad=data.pad,
+            )
         return self.measured(module)
 
     def measured(self, module: nn.Module) -> dict[str, Any]:
@@ -203,17 +214,14 @@ def _groups(loaded: Loaded, note: Note) -> Groups:
     return groups
 
 
-def _task(loaded: Loaded) -> Task:
-    from prune2deploy.train import Task
-
-    return Task(loaded.data, loaded.mean, loaded.std, seed=loaded.recipe.seed, device=loaded.recipe.device)
-
-
-def _scores(method: Method, loaded: Loaded, groups: Groups, task: Task) -> Mapping[str, np.ndarray]:
+def _scores(method: Method, loaded: Loaded, groups: Groups) -> Mapping[str, np.ndarray]:
     from prune2deploy.apply import weights_of
     from prune2deploy.methods.base import Context
+    from prune2deploy.train import Task
 
-    module = loaded.network.module.to(loaded.recipe.device)
+    recipe = loaded.recipe
+    task = Task(loaded.data, loaded.mean, loaded.std, seed=recipe.seed, device=recipe.device)
+    module = loaded.network.module.to(recipe.device)
     return method.scores(weights_of(module), groups, Context(module, task.images(), task.holdout()))
 
 

@@ -59,7 +59,8 @@ def write_sensitivity(found: Mapping[str, Any], out: Path) -> None:
 
 _CAVEAT = (
     "A floor is the smallest width measured that keeps the tolerance, as do all wider ones. It holds for the group "
-    "alone and before fine-tuning: groups that are pruned together cost more, and training wins much of it back."
+    "alone and before fine-tuning: groups that are pruned together cost more, and training wins much of it back. "
+    "Weights from elsewhere may have seen the images that are held out here, so look at differences."
 )
 
 

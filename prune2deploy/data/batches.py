@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prune2deploy.data.base import Split
-from prune2deploy.data.pixels import normalise
+from prune2deploy.data.pixels import augment, normalise
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,8 @@ class Batches:
         images: how many at most; by default all.
         seed: chooses the images and their order.
         device: where the batches are put.
+        flip: whether images are mirrored at random, as in training.
+        pad: by how many pixels images are shifted at random, as in training.
     """
 
     split: Split
@@ -33,12 +35,17 @@ class Batches:
     images: int | None = None
     seed: int = 0
     device: str | torch.device = "cpu"
+    flip: bool = False
+    pad: int = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, float32 [B, C, H, W], and labels, int64 [B]."""
         count = len(self.split) if self.images is None else min(self.images, len(self.split))
         size, place = min(self.batch_size, count), torch.device(self.device)
-        chosen = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(self.seed))[:count]
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(len(self.split), generator=generator)[:count]
         for indices in torch.split(chosen[: count - count % size], size):
-            images = normalise(self.split.images(indices).to(place), self.mean, self.std)
-            yield images, self.split.labels[indices].to(place)
+            images = self.split.images(indices).to(place)
+            if self.flip or self.pad:
+                images = augment(images.float() / 255, generator, flip=self.flip, pad=self.pad)
+            yield normalise(images, self.mean, self.std), self.split.labels[indices].to(place)
