@@ -19,8 +19,9 @@ from prune2deploy.errors import InputError
 from prune2deploy.groups import Group, Groups, Layer, Member
 from prune2deploy.masks import widths
 from prune2deploy.methods import adapruner
-from prune2deploy.methods.adapruner import CRITERIA, PRECISION, AdaPruner, Line, bisected
+from prune2deploy.methods.adapruner import CRITERIA, AdaPruner
 from prune2deploy.methods.base import Context, PruneResult
+from prune2deploy.methods.line import PRECISION, Line, bisected
 from prune2deploy.methods.random import Random
 
 Batch = tuple[Tensor, Tensor]
