@@ -88,6 +88,14 @@ METHODS: Mapping[str, MethodInfo] = {
         "read: the abstract; reconstructed: loss, compensation and search; ours: a group's loss, a regression per reader",
         "masks, new weights of readers",
     ),
+    "cpli": MethodInfo(
+        "prune2deploy.methods.cpli:CPLI",
+        "a LASSO on contributions, guided by the loss, then least squares (Guo et al., AAAI 2020)",
+        Needs(data=True, labels=True, pretrained=True),
+        "reconstructed",
+        "read: the abstract and a summary; reconstructed: the weights of samples and outputs; ours: groups, constants",
+        "masks, new weights of readers",
+    ),
     "taylor": MethodInfo(
         "prune2deploy.methods.taylor:Taylor",
         "squared derivative of the loss by a gate on the channel (Molchanov et al., CVPR 2019)",
