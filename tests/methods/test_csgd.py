@@ -38,7 +38,8 @@ from prune2deploy.graph.verify import verify
 from prune2deploy.groups import COPIED_ROLES, Groups
 from prune2deploy.masks import widths
 from prune2deploy.methods.base import Context
-from prune2deploy.methods.csgd import CSGD, State, kmeans
+from prune2deploy.methods.clusters import kmeans
+from prune2deploy.methods.csgd import CSGD, State
 from prune2deploy.networks import load_network
 from prune2deploy.networks.cifar_resnet import resnet20
 
