@@ -467,6 +467,13 @@ def test_batches_are_of_one_size_normalised_and_the_same_every_time() -> None:
     assert not torch.equal(torch.cat([labels for _, labels in other]), labels)
 
 
+def test_what_is_left_over_is_a_last_smaller_batch_where_all_are_wanted() -> None:
+    split = TensorSplit(torch.zeros(11, 1, 1, 1, dtype=torch.uint8), torch.arange(11))
+    taken = list(Batches(split, (0.5,), (0.25,), batch_size=4, rest=True))
+    assert [len(labels) for _, labels in taken] == [4, 4, 3]
+    assert torch.cat([labels for _, labels in taken]).sort().values.tolist() == list(range(11))
+
+
 def test_fewer_images_than_a_batch_are_one_batch() -> None:
     split = TensorSplit(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), torch.arange(3))
     assert [len(labels) for _, labels in Batches(split, (0.5,), (0.25,), batch_size=8)] == [3]

@@ -14,7 +14,8 @@ from prune2deploy.data.pixels import augment, normalise
 class Batches:
     """Normalised images with their labels, at random but the same every time it is gone through.
 
-    All batches have one size: what is left over is not used.
+    All batches have one size, so that each counts alike in an average over batches; what is left over is not used
+    unless ``rest`` is wanted, as a last, smaller batch.
 
     Attributes:
         split: where they come from.
@@ -26,6 +27,7 @@ class Batches:
         device: where the batches are put.
         flip: whether images are mirrored at random, as in training.
         pad: by how many pixels images are shifted at random, as in training.
+        rest: whether what is left over is used too.
     """
 
     split: Split
@@ -37,6 +39,7 @@ class Batches:
     device: str | torch.device = "cpu"
     flip: bool = False
     pad: int = 0
+    rest: bool = False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, float32 [B, C, H, W], and labels, int64 [B]."""
@@ -44,7 +47,7 @@ class Batches:
         size, place = min(self.batch_size, count), torch.device(self.device)
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.randperm(len(self.split), generator=generator)[:count]
-        for indices in torch.split(chosen[: count - count % size], size):
+        for indices in torch.split(chosen[: count if self.rest else count - count % size], size):
             images = self.split.images(indices).to(place)
             if self.flip or self.pad:
                 images = augment(images.float() / 255, generator, flip=self.flip, pad=self.pad)

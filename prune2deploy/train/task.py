@@ -65,11 +65,11 @@ class Task:
 
     def images(self, count: int | None = None, *, batch_size: int = BATCH) -> Batches:
         """Return training images with labels, neither shifted nor mirrored; all of them unless told."""
-        return self._batches(self.data.train, count, batch_size)
+        return self._batches(self.data.train, count, batch_size, rest=False)
 
     def holdout(self, count: int | None = None, *, batch_size: int = BATCH) -> Batches:
         """Return held-out images with labels; all of them unless told."""
-        return self._batches(self.data.holdout, count, batch_size)
+        return self._batches(self.data.holdout, count, batch_size, rest=True)
 
     def recalibrate(self, module: nn.Module, *, images: int = 2048) -> int:
         """Measure every BatchNorm's statistics anew, in place, as `train.recalibrate`."""
@@ -81,7 +81,14 @@ class Task:
         """Return the accuracy on the held-out split."""
         return evaluate(module, self.data.holdout, self.mean, self.std, device=self.device)
 
-    def _batches(self, split: Split, count: int | None, batch_size: int) -> Batches:
+    def _batches(self, split: Split, count: int | None, batch_size: int, *, rest: bool) -> Batches:
         return Batches(
-            split, self.mean, self.std, batch_size=batch_size, images=count, seed=self.seed, device=self.device
+            split,
+            self.mean,
+            self.std,
+            batch_size=batch_size,
+            images=count,
+            seed=self.seed,
+            device=self.device,
+            rest=rest,
         )
