@@ -64,7 +64,8 @@ class FBS(Method):
 
     Attributes:
         predictor: how Phi starts: ``normal`` (truncated, deviation 0.05: the authors' code), ``kaiming`` (the
-            re-implementations) or ``zero``, which easily stays one mask for all images.
+            re-implementations; so large that the maps of a deep residual network can grow without bound) or ``zero``,
+            which easily stays one mask for all images.
         rho: how rho starts: the norm's ``scale``, or ``one`` as in the code, whose norms have no scale.
         shift: ``masked``: m beta (the code's default), or ``boosted``: m g (norm + beta), as re-implemented.
         strength: of the penalty on saliencies.
@@ -87,7 +88,7 @@ class FBS(Method):
     strength: Annotated[float, Range(low=0)] = 1e-8
     step: Annotated[float, Range(low=0.01, high=1)] = 0.1
     epochs: Annotated[int, Range(low=1)] = 4
-    last_epochs: Annotated[int, Range(low=1)] = 8
+    last_epochs: Annotated[int, Range(low=1)] = 16
     learning_rate: Annotated[float, Range(low=1e-8)] = 0.02
     images: Annotated[int, Range(low=1)] = 2048
     static: bool = False

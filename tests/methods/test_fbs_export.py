@@ -9,11 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from command_line import done, p2d, refused, small_network
 from torch import Tensor, nn
 from toy_groups import TOYS, randomise
 
 from methods.chains import SMALL, Chain, chain_groups, gated
+from prune2deploy.budget import Target
 from prune2deploy.errors import InputError
 from prune2deploy.exporter import export_network, require_agreement
 from prune2deploy.findings import Findings
@@ -23,6 +25,7 @@ from prune2deploy.graph.verify import verify
 from prune2deploy.groups import Groups
 from prune2deploy.methods.fbs import FBS
 from prune2deploy.pipeline import normal_form, prune
+from prune2deploy.pruner import Pruner, export
 from prune2deploy.recipe import make_recipe
 from prune2deploy.screen import loud
 from prune2deploy.train.boosting import boosted_layers
@@ -186,3 +189,27 @@ def test_a_control_from_scratch_is_refused_because_no_masks_make_the_network_sma
     recipe = make_recipe({"network": small_network(tmp_path), "method": "fbs", "from_scratch": True})
     with pytest.raises(InputError, match="from_scratch needs a network that masks make smaller, and 'fbs' has none"):
         prune(recipe, tmp_path / "run")
+
+
+def test_in_somebodys_own_loop_the_gates_are_trained_lowered_and_exported(tmp_path: Path) -> None:
+    net, _, shape = networks("residual")
+    x = torch.randn((8, *shape[1:]))
+    pruner = Pruner(net, x[:2], method=FBS(epochs=1, last_epochs=1, strength=0.01), target=Target(macs=0.6))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(6):
+        net.train()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), torch.arange(8) % 5)
+        penalty = pruner.penalty()
+        assert isinstance(penalty, Tensor)
+        assert penalty.requires_grad
+        (loss + penalty).backward()
+        pruner.after_backward()
+        optimizer.step()
+        pruner.after_step()
+        pruner.epoch_end()
+    pruned = pruner.finish([(x, torch.arange(8) % 5)])
+    assert pruned.report["mean_macs"]["share"] <= 0.6
+    found = export(net, pruned, x[:2], tmp_path / "gated.onnx")
+    assert found["removed_channels"] == 0
+    assert require_agreement(net.eval(), tmp_path / "gated.onnx", (x,)) < 1e-5
