@@ -609,8 +609,8 @@ def test_a_narrow_network_that_computes_something_else_is_never_written(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_the_run_of_an_onnx_file_has_no_torch_network(digits_run: Path, tmp_path: Path) -> None:
-    done("prune", digits_run / "dense.onnx", "-o", tmp_path / "run", "--target", "macs=0.8")
+def test_the_run_of_an_onnx_file_has_no_torch_network(small: Path, tmp_path: Path) -> None:
+    done("prune", small / "dense.onnx", "-o", tmp_path / "run", "--target", "macs=0.8")
     refused(p2d("export", tmp_path / "run", "--torch"), 2, "which has no PyTorch network")
 
 
