@@ -237,6 +237,13 @@ UNKNOWN = {
     "data folder left out": (("resnet20", "--data", "cifar10"), ("cifar10:DIR",)),
     "device": (("resnet_digits", "--device", "toaster"), ("toaster", "cpu")),
     "kept parameter": (("resnet_digits", "--keep", "nothing.*"), ("nothing.*", "matches no parameter")),
+    "floor": (("resnet_digits", "--floor", "nothing.*=3"), ("nothing.*", "matches no group")),
+    "floor above the size": (("resnet_digits", "--floor", "layer1.*=17"), ("layer1.*", "is 17", "has 16 channels")),
+    "file of floors": (("resnet_digits", "--floors", "f.json"), ("f.json", "does not exist")),
+    "precision": (("resnet_digits", "--round-to", "fp12"), ("--round-to 'fp12'", "fp16 (8)", "int8 (16)")),
+    "multiple": (("resnet_digits", "--round-to", "0"), ("--round-to '0'", "whole number from 1")),
+    "ranking": (("resnet_digits", "--ranking", "best"), ("'ranking' is 'best'", "'uniform' or 'global'")),
+    "run whose widths are wanted": (("resnet_digits", "--widths-of", "no/run"), ("no/run", "is not a run")),
     "weights": (("resnet_digits", "--weights", "w.safetensors"), ("w.safetensors", "does not exist")),
     "weights' kind": (("resnet_digits", "--weights", __file__), ("must end in", ".safetensors")),
 }
@@ -271,6 +278,36 @@ def test_an_unreachable_target_names_what_is_reachable(tmp_path: Path) -> None:
     smallest = outcome.err.split("smallest reachable is macs=")[1].split(":")[0]
     done("prune", spec, "--target", f"macs={smallest}", "-o", tmp_path / "run")
     assert contents(tmp_path / "run")
+
+
+def test_floors_that_make_a_target_unreachable_are_said_to(tmp_path: Path) -> None:
+    call = ("prune", small_network(tmp_path), "--target", "macs=0.3", "--floor", "*=0.8", "-o", tmp_path / "run")
+    refused(
+        p2d(*call), 2, "macs=0.3 cannot be met", "with these floors is macs=0.", "lower a floor, or raise the target"
+    )
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+@pytest.mark.parametrize("floor", ["stem", "=3", "stem=", "stem=half", "stem=0", "stem=-1", "stem=1.5", "stem=nan", ""])
+def test_a_floor_that_is_none_is_refused_before_anything_is_loaded(floor: str, tmp_path: Path) -> None:
+    outcome = p2d("prune", "resnet_digits", "--floor", floor, "-o", tmp_path / "run")
+    refused(outcome, 2, f"--floor '{floor}' is not PATTERN=WIDTH", "'layer1.*=0.5'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_widths_of_a_run_of_another_network_are_refused(run: Path, tmp_path: Path) -> None:
+    outcome = p2d("prune", "resnet_digits", "--widths-of", run, "-o", tmp_path / "run")
+    refused(outcome, 2, f"--widths-of '{run}'", "net.py:small", "'resnet_digits'", "a run of the same network")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "other", [("--target", "macs=0.5"), ("--round-to", "8"), ("--ranking", "global"), ("--floor", "stem=3")]
+)
+def test_widths_of_a_run_leave_nothing_else_to_choose(other: tuple[str, str], run: Path, tmp_path: Path) -> None:
+    spec = json.loads((run / "report.json").read_text())["prune"]["network"]
+    outcome = p2d("prune", spec, "--widths-of", run, *other, "-o", tmp_path / "run")
+    refused(outcome, 2, "--widths-of takes another run's widths as they are", f"leave {other[0]} out")
 
 
 def test_a_device_that_is_not_there_exits_with_4(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import typer
-from command_line import ENVIRONMENT, ROOT, command, done, p2d, p2d_process, refused, small_network
+from command_line import DIGITS, ENVIRONMENT, ROOT, command, done, p2d, p2d_process, refused, small_network
 
 from prune2deploy import __version__, cli
 from prune2deploy.backends import BACKENDS
 from prune2deploy.graph.rules import RULES
+from prune2deploy.masks import load_masks
 from prune2deploy.methods import METHODS
 from prune2deploy.networks import NETWORKS
+from prune2deploy.recipe import load_recipe
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS: dict[str, Any] = GROUP.commands  # type: ignore[attr-defined]
@@ -45,6 +47,7 @@ def against(run: Path, folder: Path, ratio: float) -> Path:
 def test_the_commands_are_those_of_the_contract() -> None:
     assert set(COMMANDS) == {
         *("prune", "export", "slim", "verify", "bench", "inspect", "report", "run"),
+        *("compare", "sensitivity"),
         *("methods", "networks", "ops", "backends", "doctor"),
     }
 
@@ -85,7 +88,7 @@ def test_no_arguments_show_the_help() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("prunne",), ("slim",), ("slim", "a.onnx", "-o", "b.onnx", "--fast"), ("slim", "a.onnx", "--round-to", "x")],
+    [("prunne",), ("slim",), ("slim", "a.onnx", "-o", "b.onnx", "--fast"), ("slim", "a.onnx", "--rtol", "x")],
 )
 def test_a_wrong_call_exits_with_2_and_says_how_to_get_help(arguments: tuple[str, ...]) -> None:
     outcome = p2d(*arguments)
@@ -213,6 +216,80 @@ def test_a_table_in_a_pipe_does_not_depend_on_the_terminal(columns: str, run: Pa
     found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
     assert found.stdout == done("inspect", run / "slim.onnx")
     assert "layer1.0.conv1" in found.stdout
+
+
+# --- what is to remain ------------------------------------------------------------------------------------------------
+
+
+def pruned_widths(run: Path) -> dict[str, int]:
+    return {group: int(mask.sum()) for group, mask in load_masks(run / "masks.safetensors").items()}
+
+
+def test_prune_rounds_to_the_multiple_of_a_precision(tmp_path: Path) -> None:
+    spec = small_network(tmp_path)
+    for round_to, folder in (("tf32", "named"), ("4", "counted")):
+        done("prune", spec, "--target", "params=0.6", "--round-to", round_to, "-o", tmp_path / folder)
+    assert pruned_widths(tmp_path / "named") == pruned_widths(tmp_path / "counted")
+    assert all(width % 4 == 0 for group, width in pruned_widths(tmp_path / "named").items() if group != "head")
+    assert load_recipe(tmp_path / "named" / "recipe.toml").round_to == "tf32"
+    assert load_recipe(tmp_path / "counted" / "recipe.toml").round_to == 4
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("named", "counted")]
+    assert [report["prune"]["round_to"] for report in reports] == [4, 4]
+
+
+def test_slim_rounds_to_the_multiple_of_a_precision(run: Path, tmp_path: Path) -> None:
+    for round_to in ("int8", "16"):
+        done("slim", run / "masked.onnx", "--round-to", round_to, "-o", tmp_path / f"{round_to}.onnx")
+    assert (tmp_path / "int8.onnx").read_bytes() == (tmp_path / "16.onnx").read_bytes()
+
+
+def test_prune_keeps_floors_by_pattern(tmp_path: Path) -> None:
+    spec = small_network(tmp_path)
+    call = ("prune", spec, "--target", "macs=0.7")
+    done(*call, "-o", tmp_path / "free")
+    done(*call, "--floor", "point.weight=11", "--floor", "l*=0.9", "-o", tmp_path / "floors")
+    free, held = pruned_widths(tmp_path / "free"), pruned_widths(tmp_path / "floors")
+    assert free["point"] < 11
+    assert free["left"] < 6
+    assert held["point"] >= 11
+    assert held["left"] == 6
+    assert held["stem"] < free["stem"], "what the floors hold, the others pay"
+    assert load_recipe(tmp_path / "floors" / "recipe.toml").floors == {"point.weight": 11, "l*": 0.9}
+    again = tmp_path / "again"
+    done("run", tmp_path / "floors" / "recipe.toml", "-o", again)
+    assert pruned_widths(again) == held
+
+
+def test_prune_ranks_as_it_is_told(tmp_path: Path) -> None:
+    spec = small_network(tmp_path)
+    for ranking in ("uniform", "global"):
+        done("prune", spec, "--target", "params=0.5", "--ranking", ranking, "-o", tmp_path / ranking)
+    reports = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in ("uniform", "global")}
+    assert [report["prune"]["method_report"]["ranking"] for report in reports.values()] == ["uniform", "global"]
+    assert pruned_widths(tmp_path / "uniform") != pruned_widths(tmp_path / "global")
+
+
+def test_prune_takes_the_widths_of_another_run(tmp_path: Path) -> None:
+    spec = small_network(tmp_path)
+    done("prune", spec, "--target", "macs=0.4", "--ranking", "global", "-o", tmp_path / "first")
+    call = ("prune", spec, "--method", "random", "--widths-of", tmp_path / "first")
+    done(*call, "-o", tmp_path / "control")
+    first, control = (load_masks(tmp_path / name / "masks.safetensors") for name in ("first", "control"))
+    assert pruned_widths(tmp_path / "control") == pruned_widths(tmp_path / "first")
+    assert any((first[group] != control[group]).any() for group in first), "the same widths, but other channels"
+    done("run", tmp_path / "control" / "recipe.toml", "-o", tmp_path / "again")
+    assert pruned_widths(tmp_path / "again") == pruned_widths(tmp_path / "first")
+
+
+def test_prune_from_scratch_starts_from_new_weights_and_says_when_they_stay_so(tmp_path: Path) -> None:
+    call = ("prune", "resnet_digits", "--weights", DIGITS / "weights.safetensors", "--target", "macs=0.5")
+    done(*call, "--from-scratch", "-o", tmp_path / "new")
+    done(*call, "-o", tmp_path / "kept")
+    new, kept = (json.loads((tmp_path / name / "report.json").read_text())["prune"] for name in ("new", "kept"))
+    assert pruned_widths(tmp_path / "new") == pruned_widths(tmp_path / "kept")
+    assert new["accuracy"]["pruned"]["top1"] < 0.4
+    assert any("never trained" in text for text in new["warnings"])
+    assert not any("never trained" in text for text in kept["warnings"])
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------
