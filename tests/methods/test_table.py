@@ -27,6 +27,7 @@ from prune2deploy.train import Task
 BLIND_TO_WEIGHTS = {"random"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "adapruner": {"scope": "all", "epochs": 0},
+    "cpli": {"scope": "all"},
     "sp": {"epochs": 0},
     "csgd": {
         "strength": 3.0,
