@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, final
 
 import numpy as np
@@ -25,6 +25,7 @@ from prune2deploy.methods.readers import (
     windows,
 )
 from prune2deploy.methods.reconstruction import lasso, lasso_keeping, weighted_least_squares, weighted_mean
+from prune2deploy.methods.shortcuts import Shortcut, find_shortcuts
 from prune2deploy.silence import FoldPlace
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ _PATH = 1e-4 ** np.linspace(0.0, 1.0, 65)[1:]
 
 _MOST_PRODUCTS = 2**37
 """Samples are left out of a LASSO's moments beyond so many products of numbers; least squares use all."""
+
+_LEAST_SCALE = 1e-3
+"""Outputs whose norm multiplies them by less (of the largest) are not asked to make up for a shortcut."""
 
 _CHUNK = 2**24
 """Contributions that are held at a time."""
@@ -132,6 +136,7 @@ class CPLI(Method):
             "images": sum(len(images) for images, _ in network.batches),
             "scope": self.scope,
             "not_scored": [group.id for group in groups.prunable if group.id not in alike],
+            "shortcuts": sorted(name for name, lesson in teacher.items() if lesson.carried),
             "not_fitted": network.not_fitted(),
         }
         return PruneResult(network.kept, weights=network.new_weights(), report=report)
@@ -156,6 +161,7 @@ class CPLI(Method):
 
         names = dict.fromkeys(member.parameter for group in groups for member in group.of_role("reader"))
         readers = [network.readers[name] for name in names if is_watched(network.readers[name])]
+        shortcuts = find_shortcuts(network, [reader.parameter for reader in readers if not reader.refused])
         generator = torch.Generator().manual_seed(self.seed)
         parts: dict[str, list[tuple[Any, Any, Any]]] = {reader.parameter: [] for reader in readers}
         for batch in network.batches if readers else ():
@@ -166,20 +172,20 @@ class CPLI(Method):
                 noise = torch.rand(outputs.shape[:2], generator=generator)
                 chosen = noise.topk(min(self.positions, outputs.shape[1]), dim=1).indices.to(outputs.device)
                 parts[name].append((chosen, take(outputs, chosen), take(slopes, chosen)))
-        return {name: Lesson.of(own) for name, own in parts.items() if own}
+        lessons = {name: Lesson.of(own, shortcuts.get(name)) for name, own in parts.items() if own}
+        _, carried = look(network, lessons, ())
+        for name, values in carried.items():
+            lessons[name].carried.append(values)
+        return lessons
 
-    def _student(self, network: Pruned, group: Group, teacher: Mapping[str, "Lesson"]) -> dict[str, np.ndarray]:
-        """Return what the readers of a group see now where the teacher looked: [samples, inputs, taps]."""
+    def _student(self, network: Pruned, group: Group, teacher: Mapping[str, "Lesson"]) -> dict[str, "Sight"]:
+        """Return what the readers of a group see now where the teacher looked, and what they should make of it."""
         names = dict.fromkeys(member.parameter for member in group.of_role("reader") if member.parameter in teacher)
-        found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-
-        def visit(name: str, owner: "nn.Module", values: "Tensor", call: int) -> None:
-            if call == 0:
-                seen = windows(owner, values, teacher[name].chosen[len(found[name])])
-                found[name].append(seen.flatten(0, 1).cpu().numpy())
-
-        Watch(network.module, [network.readers[name] for name in found], visit).run(network.batches)
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+        seen, carried = look(network, {name: teacher[name] for name in names}, tuple(names))
+        return {
+            name: Sight(rows, teacher[name].outputs - network.bias(name) + teacher[name].lost(carried.get(name)))
+            for name, rows in seen.items()
+        }
 
     # --- the two problems ---------------------------------------------------------------------------------------------
 
@@ -188,7 +194,7 @@ class CPLI(Method):
         network: Pruned,
         group: Group,
         teacher: Mapping[str, "Lesson"],
-        student: Mapping[str, np.ndarray],
+        student: Mapping[str, "Sight"],
         widths: Mapping[str, int],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the LASSO's H [channels, channels] and q [channels], added up over the readers."""
@@ -197,10 +203,9 @@ class CPLI(Method):
             if member.parameter not in student:
                 continue
             name, lesson, reader = member.parameter, teacher[member.parameter], network.readers[member.parameter]
-            seen, weight = student[name], network.by_input(name)
+            weight, (seen, wanted) = network.by_input(name), student[name]
             importance = self._importance(network, lesson, name, widths)
             weights = lesson.sample_weights(self.alpha) * importance
-            wanted = lesson.outputs - network.bias(name)
             stride = -(-len(seen) * np.count_nonzero(importance) * group.size**2 // _MOST_PRODUCTS) or 1
             h, q, unit = lasso_moments(
                 seen[::stride],
@@ -230,9 +235,9 @@ class CPLI(Method):
         mean = found[live].mean() if live.any() else 0.0
         return np.asarray(found / mean) if mean > 0 else live.astype(np.float64)
 
-    def _fit(self, network: Pruned, teacher: Mapping[str, "Lesson"], student: Mapping[str, np.ndarray]) -> None:
+    def _fit(self, network: Pruned, teacher: Mapping[str, "Lesson"], student: Mapping[str, "Sight"]) -> None:
         """Fit the weights of readers to the teacher's outputs, with the inputs that are left."""
-        for name, seen in student.items():
+        for name, (seen, wanted) in student.items():
             reader = network.readers[name]
             if reader.refused:
                 continue
@@ -242,7 +247,6 @@ class CPLI(Method):
             start = np.moveaxis(weight.reshape(inputs, outputs, -1), 1, 2)[alive].reshape(-1, outputs)
             rows = seen[:, alive].reshape(len(seen), -1).astype(np.float64)
             weights = lesson.sample_weights(self.alpha)
-            wanted = lesson.outputs - network.bias(name)
             centred = isinstance(reader.constant, FoldPlace)
             found = weighted_least_squares(rows, wanted, weights, start, self.ridge, centred=centred)
             taps = found.reshape(int(alive.sum()), -1, outputs)
@@ -263,18 +267,36 @@ class Lesson:
         chosen: for every batch, int64 [images, positions]: which outputs were looked at, as flat positions.
         outputs: y, float64 [samples, outputs].
         derivatives: of an image's cross-entropy by y, float64 [samples, outputs].
+        shortcut: what is added to the outputs behind the norm, where one was found.
+        carried: what the shortcut carries, float64 [samples, channels]; one item, or none.
     """
 
     chosen: "list[Tensor]"
     outputs: np.ndarray
     derivatives: np.ndarray
+    shortcut: Shortcut | None = None
+    carried: list[np.ndarray] = field(default_factory=list)
 
     @staticmethod
-    def of(parts: "Sequence[tuple[Tensor, Tensor, Tensor]]") -> "Lesson":
+    def of(parts: "Sequence[tuple[Tensor, Tensor, Tensor]]", shortcut: Shortcut | None = None) -> "Lesson":
         """Return the lesson of what was chosen and seen, batch by batch."""
         chosen, outputs, slopes = zip(*parts, strict=True)
-        together = [np.concatenate([part.double().cpu().numpy() for part in own]) for own in (outputs, slopes)]
-        return Lesson(list(chosen), *together)
+        y, g = (np.concatenate([part.double().cpu().numpy() for part in own]) for own in (outputs, slopes))
+        return Lesson(list(chosen), y, g, shortcut)
+
+    def lost(self, now: np.ndarray | None) -> np.ndarray:
+        """Return what the layer should add to its outputs for what its shortcut does not carry any more.
+
+        Args:
+            now: what it carries now, [samples, channels].
+        """
+        found = np.zeros_like(self.outputs)
+        if self.shortcut is not None and now is not None and self.carried:
+            scale = self.shortcut.scale
+            usable = np.abs(scale) > _LEAST_SCALE * np.abs(scale).max(initial=0.0)
+            outputs = self.shortcut.outputs[usable]
+            found[:, outputs] = (self.carried[0] - now)[:, usable] / scale[usable]
+        return found
 
     def sample_weights(self, alpha: float) -> np.ndarray:
         """Return ``(1 - alpha) + alpha g^2 / mean over the samples of g^2``, [samples, outputs]."""
@@ -286,6 +308,48 @@ class Lesson:
     def importance(self) -> np.ndarray:
         """Return the mean of ``|g y|`` over the samples, [outputs]."""
         return np.asarray(np.abs(self.derivatives * self.outputs).mean(axis=0))
+
+
+class Sight(NamedTuple):
+    """What a layer reads in the pruned network, [samples, inputs, taps], and what it should give, [samples, outputs].
+
+    The dense network's bias is taken off what it should give.
+    """
+
+    seen: np.ndarray
+    wanted: np.ndarray
+
+
+def look(
+    network: Pruned, lessons: Mapping[str, Lesson], names: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return what readers see now where the teacher looked, and what the shortcuts of all lessons carry there.
+
+    Returns:
+        name -> [samples, inputs, taps] for ``names``; name -> float64 [samples, channels] for lessons with a shortcut.
+    """
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    shortcuts = {name: lesson.shortcut for name, lesson in lessons.items() if lesson.shortcut is not None}
+    carried: dict[str, list[np.ndarray]] = {name: [] for name in shortcuts}
+
+    def visit(name: str, owner: "nn.Module", values: "Tensor", call: int) -> None:
+        if call:
+            return
+        if name in seen:
+            chosen = lessons[name].chosen[len(seen[name])]
+            seen[name].append(windows(owner, values, chosen).flatten(0, 1).cpu().numpy())
+        for target, shortcut in shortcuts.items():
+            if shortcut.source == name:
+                chosen = lessons[target].chosen[len(carried[target])]
+                carried[target].append(shortcut.at(values, chosen).double().cpu().numpy())
+
+    watched = dict.fromkeys([*names, *(shortcut.source for shortcut in shortcuts.values())])
+    if watched:
+        Watch(network.module, [network.readers[name] for name in watched], visit).run(network.batches)
+    return (
+        {name: np.concatenate(parts) for name, parts in seen.items()},
+        {name: np.concatenate(parts) for name, parts in carried.items()},
+    )
 
 
 class _Call(NamedTuple):

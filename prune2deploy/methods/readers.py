@@ -47,15 +47,19 @@ class Reader:
 
 
 def find_readers(module: "nn.Module", weights: Mapping[str, np.ndarray], groups: Groups) -> dict[str, Reader]:
-    """Return the layers that read prunable groups, by the name of their weight and in graph order.
+    """Return the layers that read groups, by the name of their weight and in graph order.
+
+    Of groups that cannot be pruned those are left out whose weights are no parameters of the network.
 
     Raises:
         InputError: if the network has no weight that its groups name.
     """
     found: dict[str, Reader] = {}
-    for member in (member for group in groups.prunable for member in group.of_role("reader")):
-        if member.parameter not in found:
-            found[member.parameter] = _reader(module, weights, groups, member)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for group in groups.groups:
+        for member in group.of_role("reader"):
+            if member.parameter not in found and (group.prunable or member.parameter in own):
+                found[member.parameter] = _reader(module, weights, groups, member)
     order = {layer.weight: place for place, layer in enumerate(groups.layers)}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
@@ -179,7 +183,9 @@ class Pruned:
 
     def not_fitted(self) -> list[str]:
         """Return a line for every reader whose weights stay as they are."""
-        return [f"the weights stay: {reader.refused}" for reader in self.readers.values() if reader.refused]
+        names = {member.parameter for group in self.groups.prunable for member in group.of_role("reader")}
+        refused = (reader.refused for name, reader in self.readers.items() if name in names)
+        return [f"the weights stay: {reason}" for reason in refused if reason]
 
 
 def first_batches(images: Iterable[Any], count: int, method: str) -> list[Batch]:
