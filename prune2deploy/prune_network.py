@@ -34,6 +34,7 @@ from prune2deploy.unfinished import (
     FINETUNING,
     FOLDER,
     LOG,
+    METHOD,
     Pruned,
     TrainingLog,
     Unfinished,
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
 
     from prune2deploy.methods.base import Method, PruneResult
     from prune2deploy.train import EpochResult, Processes, Task
+
+
+TRAINED = "trained.safetensors"
+"""The weights that a method trained and then refused to choose by, in the run."""
 
 
 def prune_network(
@@ -68,7 +73,7 @@ def prune_network(
             earlier run is changed.
     """
     from prune2deploy.methods import load_method
-    from prune2deploy.train import Processes
+    from prune2deploy.train import Processes, keep_freed_memory
 
     if recipe.samples is not None:
         raise InputError(f"--samples is for ONNX files; give the images of '{recipe.network}' with --data")
@@ -79,14 +84,19 @@ def prune_network(
     note("loading the network and the data")
     loaded = load_task(recipe.model_copy(update={"device": ranks.own_device(recipe.device)}))
     processes = Processes(loaded.recipe.device)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     with _held(run, processes):
         unfinished = Unfinished(run / FOLDER, fingerprint(recipe))
         pruned = processes.agreed(unfinished.load) if resume else None
         with _log(recipe, unfinished, pruned, processes) as log:
-            task = _training_task(loaded, note, on_progress, log)
+            task = _training_task(loaded, note, on_progress, log, unfinished)
+            if pruned is None and not resume and processes.is_first:
+                unfinished.forget_training()
+            processes.wait()
             teacher = copy.deepcopy(loaded.network.module) if recipe.finetune.distill else None
             if pruned is None:
-                pruned = _prune(method, loaded, task, processes)
+                pruned = _prune(method, loaded, task, processes, run)
                 if recipe.finetune.epochs and processes.is_first:
                     unfinished.save(pruned)
             else:
@@ -165,7 +175,7 @@ def _publish(recipe: Recipe, run: Path, loaded: Loaded, pruned: Pruned, results:
     update_section(run, "environment", environment())
 
 
-def _prune(method: Method, loaded: Loaded, task: Task, processes: Processes) -> Pruned:
+def _prune(method: Method, loaded: Loaded, task: Task, processes: Processes, run: Path) -> Pruned:
     """Choose what to remove and mask the network in place; return it as it is before fine-tuning."""
     from prune2deploy.exporter import export_network
     from prune2deploy.graph.groups import find_groups
@@ -180,7 +190,15 @@ def _prune(method: Method, loaded: Loaded, task: Task, processes: Processes) -> 
     budget = budget_of(recipe, groups)
     dense = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
     accuracy: dict[str, Any] = {"dense": _accuracy(loaded, "dense", task, processes, seconds), "finetuned": None}
-    result = _chosen(method, loaded, groups, budget, task, seconds)
+    try:
+        result = _chosen(method, loaded, groups, budget, task, seconds)
+    except InputError as error:
+        if not task.history:
+            raise
+        kept = run / TRAINED
+        if processes.is_first:
+            _save_weights(loaded, module.state_dict(), kept)
+        raise InputError(f"{error} (what was trained is kept: --weights {kept} goes on from it)") from error
     result = processes.agreed(lambda: result)
     warnings = [f"{recipe.method}: {text}" for each in task.history for text in each.warnings]
     history = [entry("method", each) for each in task.history]
@@ -205,7 +223,11 @@ def _prune(method: Method, loaded: Loaded, task: Task, processes: Processes) -> 
 
 
 def _training_task(
-    loaded: Loaded, note: Note, on_progress: Callable[[Any], None] | None, log: TrainingLog | None
+    loaded: Loaded,
+    note: Note,
+    on_progress: Callable[[Any], None] | None,
+    log: TrainingLog | None,
+    unfinished: Unfinished,
 ) -> Task:
     from prune2deploy.train import Task
 
@@ -220,6 +242,8 @@ def _training_task(
         on_progress=on_progress,
         on_epoch=None if log is None else log.note,
         note=note,
+        checkpoint=unfinished.folder / METHOD,
+        fingerprint=unfinished.fingerprint,
     )
 
 

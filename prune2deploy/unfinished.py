@@ -99,7 +99,7 @@ class Unfinished:
         from prune2deploy.networks import save_weights
 
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in (LOG, EVENTS):
+            if path.name not in (LOG, EVENTS, METHOD):
                 path.unlink()
         write_bytes(self.folder / "analysis.onnx", pruned.analysis)
         pruned.groups.save(self.folder / "groups.json")
@@ -146,10 +146,17 @@ class Unfinished:
         document = read_json(self.folder / FILE)
         return isinstance(document, dict) and document.get("fingerprint") == plain(self.fingerprint)
 
+    def forget_training(self) -> None:
+        """Remove where the method's own training stood: it begins anew."""
+        shutil.rmtree(self.folder / METHOD, ignore_errors=True)
+
     def remove(self) -> None:
         """Remove the folder: its training is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+
+METHOD = "method"
+"""The folder of the method's own training, which may go on before anything is chosen."""
 
 LOG = "log.jsonl"
 EVENTS = "tensorboard"

@@ -126,6 +126,11 @@ class TrainingHooks:
     def epoch_end(self, state: Any, epoch: int) -> None:
         """Take note that ``epoch`` (counted from 0) is over."""
 
+    def resume(self, state: Any, epochs: int, steps: int) -> None:
+        """Bring the state to where it was after so many epochs and steps; the weights are there already."""
+        for epoch in range(epochs):
+            self.epoch_end(state, epoch)
+
     def training(self, state: Any) -> dict[str, Any]:
         """Return how the method trains: arguments of `train.Task.train`, ``epochs`` among them."""
         return {}
@@ -145,6 +150,7 @@ class TrainingHooks:
             after_backward=lambda: self.after_backward(state),
             after_step=lambda: self.after_step(state),
             after_epoch=lambda result: self.epoch_end(state, result.epoch - 1),
+            on_resume=lambda epochs, steps: self.resume(state, epochs, steps),
             **self.training(state),
         )
         return state

@@ -141,6 +141,10 @@ class CSGD(Method):
         """Count epochs, so that what is missing can be said in epochs."""
         state.epochs = epoch + 1
 
+    def resume(self, state: "State", epochs: int, steps: int) -> None:
+        """Count what was done before an interruption, too."""
+        state.steps, state.epochs = steps, epochs
+
     def training(self, state: "State") -> dict[str, Any]:
         """Return the settings, with clustered parameters free of the optimizer's own weight decay."""
         return {

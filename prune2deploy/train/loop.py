@@ -56,6 +56,7 @@ def finetune(
     after_epoch: Callable[[EpochResult], None] | None = None,
     checkpoint: Path | None = None,
     fingerprint: Mapping[str, Any] | None = None,
+    on_resume: Callable[[int, int], None] | None = None,
 ) -> list[EpochResult]:
     """Train a network in place and return what each epoch gave.
 
@@ -99,9 +100,10 @@ def finetune(
         on_progress: called after each step.
         after_epoch: called after each epoch, before its checkpoint is written.
         checkpoint: a folder that keeps where the training stands after each epoch. If it holds a checkpoint of this
-            training, it goes on from there and ends with the same bits as one that was not interrupted; hooks with a
-            state of their own are not part of it.
+            training, it goes on from there and ends with the same bits as one that was not interrupted.
         fingerprint: what the training is beside these settings, as JSON values; a checkpoint of another is refused.
+        on_resume: called with how many epochs and steps are over where it goes on from a checkpoint: hooks with a state
+            of their own, which is not part of it, come to stand there too.
 
     Raises:
         InputError: if an option is out of range, the loss stops being a number, or the checkpoint is not this
@@ -136,6 +138,7 @@ def finetune(
         after_step=after_step,
         on_progress=on_progress,
         after_epoch=after_epoch,
+        on_resume=on_resume,
     )
     if epochs == 0:
         return []
@@ -191,6 +194,8 @@ class _Training:
         found = None if checkpoints is None else self.processes.agreed(checkpoints.load)
         if checkpoints is not None and found is not None:
             self._go_on(found, checkpoints.path)
+            if self.hooks.on_resume is not None:
+                self.hooks.on_resume(len(self.results), len(self.results) * self.steps)
         for epoch in range(len(self.results) + 1, self.plan.epochs + 1):
             result = self._epoch(epoch)
             self.results.append(result)

@@ -132,6 +132,7 @@ class Hooks:
     after_step: Callable[[], None] | None = None
     on_progress: Callable[[Progress], None] | None = None
     after_epoch: Callable[[EpochResult], None] | None = None
+    on_resume: Callable[[int, int], None] | None = None
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:

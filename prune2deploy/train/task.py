@@ -1,7 +1,8 @@
 """What a method that trains is given: the data and the shared trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,8 @@ class Task:
         on_progress: called after each step.
         on_epoch: called after each epoch of every training, after what a method does then.
         note: told what happens now.
+        checkpoint: a folder that keeps where trainings stand that can go on (those with ``on_resume``).
+        fingerprint: what they are beside their settings.
     """
 
     data: Data
@@ -42,6 +45,8 @@ class Task:
     on_progress: Callable[[Progress], None] | None = None
     on_epoch: Callable[[EpochResult], None] | None = None
     note: Callable[[str], None] = lambda _: None
+    checkpoint: Path | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     def train(self, module: nn.Module, **how: Any) -> list[EpochResult]:
         """Train a network in place; ``how`` are arguments of `train.finetune`.
@@ -52,6 +57,8 @@ class Task:
         common: dict[str, Any] = {"mean": self.mean, "std": self.std, "seed": self.seed, "device": self.device}
         given = common | {"on_progress": self.on_progress} | self.settings | how
         after_epoch = given.pop("after_epoch", None)
+        if self.checkpoint is not None and "on_resume" in how:
+            given = {"checkpoint": self.checkpoint, "fingerprint": self.fingerprint} | given
 
         def note_epoch(result: EpochResult) -> None:
             if after_epoch is not None:

@@ -40,9 +40,9 @@ def recipe_of(folder: Path, epochs: int, *finetune: str, head: tuple[str, ...] =
     return path
 
 
-def kill_while_training(recipe: Path, run: Path) -> None:
-    """Start a walk and kill it when its first epochs are on disk, long before its last."""
-    checkpoint = run / "checkpoints" / "training.safetensors"
+def kill_while_training(recipe: Path, run: Path, of: str = "") -> None:
+    """Start a walk and kill it when its first epochs are on disk, long before its last; ``of`` is whose: a folder."""
+    checkpoint = run / "checkpoints" / of / "training.safetensors"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     words = command("run", recipe, "-o", run)
     with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -99,6 +99,36 @@ def test_resume_goes_on_with_the_last_epoch_and_ends_with_the_same_bits(
     assert report(own)["prune"]["history"] == lines
     accuracy = [report(folder)["prune"]["accuracy"] for folder in (own, tmp_path / "whole")]
     assert accuracy[0] == accuracy[1]
+
+
+CSGD = ('method = "csgd"', 'method_options = {epochs = 25, learning_rate = 0.1, strength = 0.02, merge = "anyway"}')
+
+
+def test_a_method_that_was_killed_while_it_trained_goes_on_too_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, 1, head=CSGD)
+    kill_while_training(recipe, tmp_path / "run", "method")
+    assert not (tmp_path / "run" / "masks.safetensors").exists()
+    done("run", recipe, "-o", tmp_path / "whole")
+    done("run", recipe, "-o", tmp_path / "run", "--resume")
+    for name in RESULTS:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    sections = [report(tmp_path / run)["prune"] for run in ("run", "whole")]
+    assert len(sections[0]["method_history"]) == 25
+    assert sections[0]["method_report"] == sections[1]["method_report"]
+    assert sections[0]["accuracy"] == sections[1]["accuracy"]
+
+
+def test_what_a_method_trained_and_then_refused_to_choose_by_is_kept(tmp_path: Path) -> None:
+    options = "method_options = {epochs = 4, learning_rate = 0.1, strength = 5.0, vector_strength = 1.0}"
+    recipe = recipe_of(tmp_path, 1, head=('method = "csgd"', options))
+    kept = tmp_path / "run" / "trained.safetensors"
+    refused(p2d("run", recipe, "-o", tmp_path / "run"), 2, "has not converged", f"--weights {kept}")
+    trained = load_file(kept)
+    text = recipe.read_text().replace("epochs = 4,", "epochs = 30,")
+    (tmp_path / "again.toml").write_text(f'weights = "{kept}"\n{text}')
+    done("run", tmp_path / "again.toml", "-o", tmp_path / "run")
+    dense = load_file(tmp_path / "run" / "dense.safetensors")
+    assert all(dense[name].equal(tensor) for name, tensor in trained.items())
 
 
 @pytest.mark.slow
