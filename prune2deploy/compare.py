@@ -201,7 +201,7 @@ def trial_result(planned: Planned, run: Path) -> dict[str, Any]:
         "graph": planned.name if method.adds_modules else key,
         "macs": section["macs"],
         "parameters": section["parameters"],
-        "dynamic_macs": report.get("dynamic_macs_share"),
+        "dynamic_macs": (report.get("mean_macs") or {}).get("share"),
         "accuracy": {name: found and found["top1"] for name, found in section["accuracy"].items()},
         "seconds": section["seconds"],
         "training_epochs": len(section["method_history"]),

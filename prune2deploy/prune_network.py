@@ -193,7 +193,7 @@ def _prune(method: Method, loaded: Loaded, task: Task, processes: Processes, run
     try:
         result = _chosen(method, loaded, groups, budget, task, seconds)
     except InputError as error:
-        if not task.history:
+        if not task.history or method.adds_modules:  # whose weights fit no network that others load
             raise
         kept = run / TRAINED
         if processes.is_first:

@@ -151,7 +151,7 @@ class Pruner:
         self._masking = MaskKeeper(self.model, self.groups, silent)
         self._merging = MergeKeeper(self.model, self.groups, result.merges)
         self._merging.after_step()
-        return Pruned(result, self.groups, tuple(skipped))
+        return Pruned(result, self.groups, (*skipped, *result.report.get("warnings", ())))
 
     def _kept(self, calibration: Iterable[Any], images: int) -> list[tuple[Tensor, Tensor | None]]:
         place = next(self.model.parameters()).device
