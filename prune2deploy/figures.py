@@ -188,13 +188,15 @@ def sensitivity_curves(groups: Sequence[Mapping[str, Any]], dense: float, least:
         )
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 100 * least, "y1": 100 * least}
     shares = [100 * point["share"] for point in groups[0]["points"]]
+    beside = {"xanchor": "left", "xshift": 6, "showarrow": False}
     worst = sorted(groups, key=lambda group: group["points"][-1]["top1"])[:3]
-    named = [
-        {"x": 100 * end["share"], "y": 100 * end["top1"], "text": _label(str(group["id"])), "xanchor": "left"}
-        | {"showarrow": False, "xshift": 6}
-        for group in worst
-        if (end := group["points"][-1])["top1"] < least
-    ]
+    lowest = min(point["top1"] for group in groups for point in group["points"])
+    named: list[dict[str, Any]] = []
+    for group in worst:
+        x, y = shares[-1], 100 * group["points"][-1]["top1"]
+        is_free = all(y - one["y"] > 5 * (dense - lowest) for one in named)  # 5 % of the height: no name over another
+        if y < 100 * least and is_free:
+            named.append({"x": x, "y": y, "text": _label(str(group["id"]))} | beside)
     layout = _layout(380, showlegend=False, margin=_MARGIN | {"t": 8}) | {
         "xaxis": _axis(
             title="% of the group's channels removed",
