@@ -106,6 +106,9 @@ def prune(
     ] = "digits",
     method: Annotated[str, typer.Option(help="A name of 'p2d methods'.")] = "l1",
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the method.")] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Of fbs: fold its gates and remove what images never use (another method).")
+    ] = False,
     target: Annotated[
         str | None, typer.Option(help="What is to remain: macs=SHARE or params=SHARE; macs=0.5 unless given.")
     ] = None,
@@ -188,7 +191,7 @@ def prune(
             "data": data,
             "samples": None if samples is None else str(samples),
             "method": method,
-            "method_options": dict(_key_value(text) for text in option or []),
+            "method_options": dict(_key_value(text) for text in option or []) | ({"static": True} if static else {}),
             "target": "macs=0.5" if target is None else target,
             "round_to": _round_to(round_to),
             "ranking": ranking,

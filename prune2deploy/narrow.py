@@ -193,7 +193,10 @@ def narrow_in_place(module: nn.Module, manifest: Mapping[str, Any], tensors: Map
 
 
 def _set(owner: nn.Module, name: str, tensor: Tensor, shared: dict[int, tuple[nn.Parameter, Tensor]]) -> None:
-    """Replace a parameter or buffer; parameters that were one stay one."""
+    """Replace a parameter or buffer; parameters that were one stay one. A module's extra state is its own matter."""
+    if name == _EXTRA_STATE:
+        owner.set_extra_state(tensor)
+        return
     old = getattr(owner, name, None)
     value = tensor.to(old.dtype) if isinstance(old, Tensor) else tensor
     if name in owner._buffers:
@@ -206,6 +209,9 @@ def _set(owner: nn.Module, name: str, tensor: Tensor, shared: dict[int, tuple[nn
         if isinstance(old, nn.Parameter):
             shared[id(old)] = known
     owner.register_parameter(name, known[0])
+
+
+_EXTRA_STATE = nn.modules.module._EXTRA_STATE_KEY_SUFFIX
 
 
 def _conv(part: Any, groups: int | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prune2deploy.errors import InputError
-from prune2deploy.files import read_json, require_file, sha256, write_bytes, write_json, write_with
+from prune2deploy.files import read_json, remove_parts, require_file, sha256, write_bytes, write_json, write_with
 
 
 def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:
@@ -142,3 +142,11 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
 def test_sha256_is_the_known_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_only_the_parts_of_this_file_are_removed(tmp_path: Path) -> None:
+    for name in (".a[1].json.xyz.part", ".a1.json.xyz.part", "a[1].json", ".a[1].json.old"):
+        (tmp_path / name).touch()
+    remove_parts(tmp_path / "a[1].json")
+    assert {path.name for path in tmp_path.iterdir()} == {".a1.json.xyz.part", "a[1].json", ".a[1].json.old"}
+    remove_parts(tmp_path / "no folder" / "a.json")

@@ -17,7 +17,7 @@ from command_line import done, p2d, refused, small_network
 from torch import Tensor, nn
 
 from prune2deploy import load_narrow
-from prune2deploy.apply import apply_masks
+from prune2deploy.apply import MergeKeeper, apply_masks
 from prune2deploy.errors import InputError, VerifyError
 from prune2deploy.export_narrow import NarrowNetwork, export_narrow
 from prune2deploy.exporter import Exported, export_network
@@ -28,6 +28,7 @@ from prune2deploy.graph.rewrite import Slimmed, remove_dead_channels
 from prune2deploy.narrow import sampled
 from prune2deploy.networks import load_network
 from prune2deploy.networks.cifar_resnet import ZeroPad
+from prune2deploy.train.boosting import Boosted
 
 RTOL = 1e-5
 """Of the largest output: two orders of adding up the same numbers."""
@@ -202,6 +203,23 @@ def test_training_goes_on_in_every_parameter_and_in_the_norms(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_what_a_method_leaves_in_the_network_is_built_again(tmp_path: Path) -> None:
+    options = ("--option", "epochs=1", "--target", "macs=0.6")
+    done("prune", "resnet_digits", "--method", "fbs", *options, "-o", tmp_path / "run")
+    done("export", tmp_path / "run", "--torch")
+    module = load_narrow("resnet_digits", tmp_path / "run" / "narrow")
+    boosted = [part for part in module.modules() if isinstance(part, Boosted)]
+    assert boosted
+    assert all(part.active < part.conv.out_channels for part in boosted)
+    slim = onnxruntime.InferenceSession(str(tmp_path / "run/slim.onnx"), providers=["CPUExecutionProvider"])
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        found = module(images).numpy()
+    (wanted,) = slim.run(None, {"input": images.numpy()})
+    assert np.abs(found - wanted).max() <= RTOL * np.abs(wanted).max()
+
+
+@pytest.mark.slow
 def test_a_narrow_network_can_be_exported_and_has_nothing_left_to_remove(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return load_network("resnet20", num_classes=10, seed=3).module
@@ -270,6 +288,25 @@ def test_exact_copies_are_merged_and_their_columns_added_up(tmp_path: Path) -> N
     assert len(first.weight) == 13
     summed = masked.get_submodule("second").weight[:, [2, 5, 6, 11]].sum(1)
     assert torch.allclose(second.weight[:, 2], summed, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_merged_channels_of_residual_stages_are_merged_as_in_the_slim_graph(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return load_network("resnet20", num_classes=10, seed=3).module
+
+    images, masked = torch.randn(2, 3, 16, 16), seeded(build)
+    groups = find_groups(export_network(masked, (images,), fuse=False).model)
+    widths = groups.full_widths()
+    merges = {}
+    for group in groups.groups:
+        if group.prunable:
+            own = np.arange(widths[group.id])
+            merges[group.id] = np.where(own % 3 == 1, own - 1, own)
+    MergeKeeper(masked, groups, merges).after_step()
+    one = case(masked, build, images, tmp_path)
+    require_equal(one, images)
+    assert len(one.narrow.get_parameter("conv1.weight")) == 11
 
 
 def test_groups_that_keep_different_numbers_stay_one_layer(tmp_path: Path) -> None:

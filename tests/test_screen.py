@@ -1,6 +1,7 @@
 """What a person sees: every state of a run can be shown, names are shown as they are, failures are loud."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -164,10 +165,20 @@ def test_progress_shows_what_happens_on_a_terminal(name: str, tmp_path: Path) ->
             live.note(f"reading {name}")
             live.training(Progress(epoch=2, epochs=4, step=5, steps=10, loss=0.25, lr=0.1))
             live._progress.refresh()
+            logging.getLogger("prune2deploy.train").warning("it may %s", "[diverge]")
+            live.training(Progress(epoch=3, epochs=4, step=5, steps=10, loss=0.25, lr=0.1, top1=0.9731))
+            live._progress.refresh()
             live.note("timing")
             live.rounds(3, 5)
             live._progress.refresh()
         stream.seek(0)
         text = stream.read()
-    for part in (f"reading {name}", "epoch 2/4", "loss 0.250", "round 3/5"):
+    for part in (
+        f"reading {name}",
+        "epoch 2/4",
+        "loss 0.250",
+        "accuracy 97.31 %",
+        "warning: it may [diverge]",
+        "round 3/5",
+    ):
         assert part in text

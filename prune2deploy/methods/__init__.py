@@ -85,7 +85,7 @@ METHODS: Mapping[str, MethodInfo] = {
         "what the other inputs of its readers make up for (Xie et al., Pruning with Compensation, 2021)",
         Needs(data=True, pretrained=True),
         "reconstructed",
-        "read: the abstract; reconstructed: loss, compensation and search; ours: a group's loss, a regression per reader",
+        "read: the abstract; reconstructed: loss, compensation, search; ours: a group's loss, a regression per reader",
         "masks, new weights of readers",
     ),
     "cpli": MethodInfo(
@@ -146,7 +146,7 @@ METHODS: Mapping[str, MethodInfo] = {
         "scores by attention among filters, trained in turn with the network (Babaiee et al., 2022)",
         Needs(data=True, labels=True, trains_weights=True),
         "reconstructed",
-        "read: the abstract, a part of the method; reconstructed: attention, loss, turns; ours: scores of groups, start",
+        "read: the abstract and a part; reconstructed: attention, loss, turns; ours: scores of groups, start",
     ),
     "random": MethodInfo(
         "prune2deploy.methods.random:Random", "seeded random scores", Needs(), "control", "nothing to read"

@@ -65,7 +65,7 @@ class AdaPruner(Method):
 
     Attributes:
         epochs: of training with the penalty; 0 takes the scales as they are.
-        lr: highest learning rate of that training.
+        learning_rate: highest learning rate of that training.
         strength: of the penalty on each scale.
         least: the share that every group keeps.
         scope: ``inner``, as the paper's blocks: groups that one layer makes, so that a stage's output stays whole; or
@@ -77,7 +77,7 @@ class AdaPruner(Method):
     needs: ClassVar[Needs] = Needs(data=True, labels=True, trains_weights=True, norms=True)
 
     epochs: Annotated[int, Range(low=0)] = 20
-    lr: Annotated[float, Range(low=0)] = 0.05
+    learning_rate: Annotated[float, Range(low=0)] = 0.05
     strength: Annotated[float, Range(low=0)] = 1e-4
     least: Annotated[float, Range(low=0, high=1)] = 0.1
     scope: Literal["inner", "all"] = "inner"
@@ -116,7 +116,7 @@ class AdaPruner(Method):
 
     def training(self, state: "SparseTraining") -> dict[str, Any]:
         """Return how long, and at which learning rate."""
-        return {"epochs": self.epochs, "lr": self.lr}
+        return {"epochs": self.epochs, "lr": self.learning_rate}
 
     def scores(self, weights: Weights, groups: Groups, context: Context = NO_CONTEXT) -> dict[str, np.ndarray]:
         """Return group id -> size of each channel's scale, mean over its norms, float64 [channels], for the scope.

@@ -64,7 +64,7 @@ class Dagger(Method):
         epochs: of the training of the gates; 1 or more.
         strength: of the pull to the target; 1 to 4 suit, at 16 all gates of the digits' network fell together.
         hidden: width of the hidden layer; 1 or more.
-        gate_lr: learning rate of Adam; above 0. Masks at 0.05 were less steady than at 0.01.
+        gate_learning_rate: learning rate of Adam; above 0. Masks at 0.05 were less steady than at 0.01.
         batch_size: images a step; 1 or more.
         fold: multiply the gates of the kept channels into the weights that read them, so that the network starts
             fine-tuning as it was gated; else the gates only choose.
@@ -77,7 +77,7 @@ class Dagger(Method):
     epochs: Annotated[int, Range(low=1)] = 12
     strength: Annotated[float, Range(low=0, high=100)] = 2.0
     hidden: Annotated[int, Range(low=1)] = 32
-    gate_lr: Annotated[float, Range(low=1e-6, high=1)] = 0.01
+    gate_learning_rate: Annotated[float, Range(low=1e-6, high=1)] = 0.01
     batch_size: Annotated[int, Range(low=1)] = 64
     fold: bool = True
 
@@ -96,7 +96,7 @@ class Dagger(Method):
         weights = weights_of(module)
         dtype = next(module.parameters()).dtype
         gate_module = GateModule(weights, groups, hidden=self.hidden, seed=task.seed, dtype=dtype, device=task.device)
-        optimizer = torch.optim.Adam(gate_module.parameters, lr=self.gate_lr)
+        optimizer = torch.optim.Adam(gate_module.parameters, lr=self.gate_learning_rate)
         gated = Gated(module, groups)
 
         def penalty(gates: Gates) -> "Tensor":

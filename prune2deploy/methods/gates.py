@@ -155,7 +155,7 @@ def warn_if_fallen(method: str, soft: float, target: float) -> None:
     if soft < _FALLEN * target:
         log.warning(
             "%s: the gates fell to %.1f %% of the cost, where %.1f %% were asked for, so they say little; start from a "
-            "trained network, or give a lower strength or gate_lr",
+            "trained network, or give a lower strength or gate_learning_rate",
             *(method, 100 * soft, 100 * target),
         )
 
@@ -210,7 +210,7 @@ def train_gates(
             require(
                 math.isfinite(value),
                 f"training the gates diverged: the loss became {value} in epoch {epoch}, step {step}; use a lower "
-                f"gate_lr than {lr:g}, or check the weights and the normalisation",
+                f"gate_learning_rate than {lr:g}, or check the weights and the normalisation",
             )
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -47,7 +47,7 @@ class SP(Method):
 
     Attributes:
         epochs: of training the super-network, from the weights that it has; 0 judges the network as it is.
-        lr: highest learning rate of that training.
+        learning_rate: highest learning rate of that training.
         steps: how many widths each group may have.
         longest: groups in a row that make one stage at most; a stage has up to ``steps ** longest`` candidates.
         batches: of images on which norms are measured, and of held-out images that a proxy is taken on.
@@ -58,7 +58,7 @@ class SP(Method):
     phases: ClassVar[bool] = True
 
     epochs: Annotated[int, Range(low=0)] = 20
-    lr: Annotated[float, Range(low=0)] = 0.05
+    learning_rate: Annotated[float, Range(low=0)] = 0.05
     steps: Annotated[int, Range(low=2, high=8)] = 4
     longest: Annotated[int, Range(low=1, high=3)] = 2
     batches: Annotated[int, Range(low=1)] = 30
@@ -72,7 +72,7 @@ class SP(Method):
 
     def training(self, state: "Trained") -> dict[str, Any]:
         """Return how long, and at which learning rate."""
-        return {"epochs": self.epochs, "lr": self.lr}
+        return {"epochs": self.epochs, "lr": self.learning_rate}
 
     def fit(self, module: "nn.Module", groups: Groups, budget: Budget, task: "Task") -> "Trained":
         """Train the network in place as a super-network, and return the order of its channels.

@@ -381,7 +381,7 @@ def test_sparse_training_makes_the_scales_smaller_than_training_without() -> Non
     nets = {}
     for strength in (0.0, 0.05):
         nets[strength] = randomise(Residual())
-        method = AdaPruner(epochs=6, lr=0.1, strength=strength)
+        method = AdaPruner(epochs=6, learning_rate=0.1, strength=strength)
         state = method.fit(nets[strength], groups, HALF, task)
         assert state.steps == 18
     assert sizes(nets[0.05], ["bn1"]) < 0.9 * sizes(nets[0.0], ["bn1"])

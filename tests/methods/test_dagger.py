@@ -24,7 +24,7 @@ from prune2deploy.methods.dagger import Dagger, GateModule, features_of
 from prune2deploy.methods.gates import Gated, Trained, as_arrays, folded, soft_share
 from prune2deploy.train import Progress, Task, measure
 
-SHORT = Dagger(epochs=2, gate_lr=0.05, batch_size=8)
+SHORT = Dagger(epochs=2, gate_learning_rate=0.05, batch_size=8)
 HALF = Budget(Target("macs", 0.5))
 
 

@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_a_number_is_refused_and_changes_no_gate() -> None:
     with torch.no_grad():
         net.get_parameter("fc.bias").fill_(float("nan"))
     gates, optimizer = trainable(groups)
-    with pytest.raises(InputError, match=r"the loss became nan in epoch 2, step 1; use a lower gate_lr"):
+    with pytest.raises(InputError, match=r"the loss became nan in epoch 2, step 1; use a lower gate_learning_rate"):
         train_gates(
             *(Gated(net, groups), task, optimizer, lambda: gates, lambda _: torch.zeros(())),
             **{"batch_size": 8, "epoch": 2, "epochs": 3},

@@ -26,7 +26,7 @@ from prune2deploy.methods.gates import Gated, Trained, soft_share
 from prune2deploy.methods.paam import PAAM, Attention, leaky_exponential, relaxed, rows_of
 from prune2deploy.train import Progress, Task
 
-SHORT = PAAM(epochs=3, anneal=0.7, gate_lr=0.05, lr=0.01, batch_size=8)
+SHORT = PAAM(epochs=3, anneal=0.7, gate_learning_rate=0.05, learning_rate=0.01, batch_size=8)
 HALF = Budget(Target("macs", 0.5))
 
 
@@ -159,7 +159,7 @@ def test_the_loss_is_cross_entropy_and_the_hinge_on_the_share_of_the_epoch(budge
     ((images, labels),) = task.images(24, batch_size=24)
     entropy = float(F.cross_entropy(net(images), labels).detach())
     target = budget.target.share if budget.target else share(groups, "macs", {"stem": 6, "conv1": 3, "fc": 5})
-    method = PAAM(epochs=2, anneal=1.0, batch_size=24, lr=0.01, strength=3.0)
+    method = PAAM(epochs=2, anneal=1.0, batch_size=24, learning_rate=0.01, strength=3.0)
     state = method.fit(net, groups, budget, task)
     assert told[0].loss == pytest.approx(entropy + 3.0 * (1 - target) / 2, rel=1e-5)
     assert [one["share"] for one in state.report["choices"]] == pytest.approx([(1 + target) / 2, target])
@@ -204,7 +204,7 @@ def test_choices_are_made_in_the_annealing_alone_and_the_last_one_stays() -> Non
 
     task = noise()
     watched = Watched(**{name: getattr(task, name) for name in ("data", "mean", "std", "settings")})
-    method = PAAM(epochs=8, start="scratch", anneal=0.25, gate_lr=0.05, lr=0.01, batch_size=8)
+    method = PAAM(epochs=8, start="scratch", anneal=0.25, gate_learning_rate=0.05, learning_rate=0.01, batch_size=8)
     state, _ = pruned(net, groups, HALF, watched, method)
     assert [one["epoch"] for one in state.report["choices"]] == [3, 4]
     assert not any(any(part) for part in (*silent[0], *silent[1]))

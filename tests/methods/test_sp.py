@@ -569,7 +569,7 @@ def test_training_brings_the_narrow_networks_nearer_to_the_full_one_and_leaves_n
     after = {}
     for epochs in (0, 12):
         net = randomise(Blocks())
-        state = SP(epochs=epochs, lr=0.05).fit(net, groups, BUDGET, task)
+        state = SP(epochs=epochs, learning_rate=0.05).fit(net, groups, BUDGET, task)
         stages = find_stages(weights_of(net), groups, 2)
         masks = first_channels(state.order, {"a0": 2, "a1": 2})
         after[epochs] = losses_of(net, groups, stages, masks, data, data)

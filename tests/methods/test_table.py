@@ -38,13 +38,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "batch_size": 8,
     },
     "epruner": {"scope": "all", "preference": 1.5},
-    "dagger": {"epochs": 3, "gate_lr": 0.05, "batch_size": 8},
+    "dagger": {"epochs": 3, "gate_learning_rate": 0.05, "batch_size": 8},
     "fbs": {"predictor": "zero", "epochs": 1, "last_epochs": 1},
-    "paam": {"epochs": 3, "anneal": 0.7, "gate_lr": 0.05, "lr": 0.01, "batch_size": 8},
+    "paam": {"epochs": 3, "anneal": 0.7, "gate_learning_rate": 0.05, "learning_rate": 0.01, "batch_size": 8},
 }
 """Options of methods that by their paper leave some groups whole, take untrained filters for alike, or train long."""
 
-CHOOSES_BY_IMAGE = {"fbs": "its gates stay in the network: masks keep everything, and the mean over images is in budget"}
+CHOOSES_BY_IMAGE = {
+    "fbs": "its gates stay in the network: masks keep everything, and the mean over images is in budget"
+}
 """Methods whose masks cannot meet a target, with what holds in its place."""
 
 
