@@ -436,7 +436,7 @@ def lasso_moments(
         own = own[weights[:, own].any(axis=0)]
         inputs = by_block[:, block]
         of_channels = inputs[:, channels].transpose(1, 0, 2, 3).reshape(size, samples, -1)
-        for part in np.split(own, range(some, len(own), some)):
+        for part in np.split(own, range(some, len(own), some)) if len(own) else ():
             columns = weight[:, part]
             taps = columns[channels].transpose(0, 1, 3, 2).reshape(size, -1, len(part))
             z = of_channels @ taps  # [channels, samples, outputs]
