@@ -21,8 +21,9 @@ from prune2deploy.methods.base import (
     plan_report,
 )
 from prune2deploy.methods.filters import producers
-from prune2deploy.methods.readers import Pruned, Reader, Watch, columns, first_batches, is_watched, some_positions
+from prune2deploy.methods.readers import Pruned, Reader, Watch, first_batches, is_watched
 from prune2deploy.methods.reconstruction import Moments, Reading, compensation, factor, inverse, removal_order, ridged
+from prune2deploy.methods.samples import columns, some_positions
 from prune2deploy.silence import FoldPlace
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups
 from prune2deploy.masks import widths
 from prune2deploy.methods.base import Context, PruneResult
-from prune2deploy.methods.cpli import CPLI, Lesson, Sight, lasso_moments
+from prune2deploy.methods.cpli import CPLI, lasso_moments
+from prune2deploy.methods.lessons import Lesson, Sight
 from prune2deploy.methods.readers import Pruned
 from prune2deploy.methods.reconstruction import lasso, lasso_keeping
 

@@ -10,18 +10,9 @@ from toy_groups import Mobile, Residual, masks_of, mobile_groups, randomise, res
 from prune2deploy.apply import apply_masks, weights_of
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups
-from prune2deploy.methods.readers import (
-    Pruned,
-    Watch,
-    columns,
-    find_readers,
-    first_batches,
-    positioned,
-    some_positions,
-    take,
-    windows,
-)
-from prune2deploy.methods.shortcuts import find_shortcuts
+from prune2deploy.methods.readers import Pruned, Watch, find_readers, first_batches
+from prune2deploy.methods.samples import columns, positioned, some_positions, take, windows
+from prune2deploy.methods.shortcuts import Shortcut, find_shortcuts
 
 LAYERS = [
     (nn.Conv2d(3, 4, 3, padding=1), (2, 3, 6, 7)),
@@ -179,8 +170,6 @@ def test_what_is_not_the_shortcut_is_not_taken_for_one() -> None:
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_shortcut_carries_what_lies_at_the_chosen_positions(step: int) -> None:
-    from prune2deploy.methods.shortcuts import Shortcut
-
     own = Shortcut("a", np.array([2, 0]), np.array([0, 1]), np.ones(2), (4, 3), (step, step))
     values = torch.randn(2, 3, 4 * step, 3 * step)
     chosen = torch.tensor([[0, 5, 11], [7, 1, 3]])
