@@ -6,7 +6,7 @@ Nothing is trained here: the masked graph is the file with channels silenced, an
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,17 @@ Feeds = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Samples:
-    """Real inputs: how many, and a function from a slice of them to arrays by input name."""
+    """Real inputs.
+
+    Attributes:
+        count: how many.
+        take: from a slice of them to arrays by input name.
+        batches: gives all of them to measure norms on, batches of one size, so that each counts alike.
+    """
 
     count: int
     take: Callable[[slice], Feeds]
+    batches: Callable[[], Iterable[Feeds]]
 
 
 def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
@@ -207,9 +214,7 @@ def _recalibrate(masked: onnx.ModelProto, samples: Samples | None, note: Note) -
 
     assert samples is not None, "_samples() gives some wherever norms are measured"
     note("measuring the norms' statistics anew")
-    size = min(BATCH, samples.count)
-    starts = range(0, samples.count - samples.count % size, size)  # batches of one size, so that each counts alike
-    return recalibrate(masked, (samples.take(slice(start, start + size)) for start in starts))
+    return recalibrate(masked, samples.batches())
 
 
 def _forget(run: Path) -> None:
@@ -276,7 +281,13 @@ def _samples(recipe: Recipe, inputs: Mapping[str, Input], note: Note) -> Samples
     if recipe.samples is not None:
         found = load_samples(Path(recipe.samples), inputs)
         count = min(map(len, found.values()))
-        return Samples(count, lambda rows: {name: array[rows] for name, array in found.items()})
+
+        def take(rows: slice) -> Feeds:
+            return {name: array[rows] for name, array in found.items()}
+
+        size = min(BATCH, count)
+        starts = range(0, count - count % size, size)
+        return Samples(count, take, lambda: (take(slice(start, start + size)) for start in starts))
     return _images(recipe, inputs, note) if recipe.recalibrate else None
 
 
@@ -318,7 +329,7 @@ def _images(recipe: Recipe, inputs: Mapping[str, Input], note: Note) -> Samples:
     try:
         import torch
 
-        from prune2deploy.data import load_data, normalise
+        from prune2deploy.data import Batches, load_data, normalise
     except ImportError as error:
         raise InputError(
             "--data reads images with torch, which is not installed; give --samples FILE.npz, or "
@@ -349,7 +360,9 @@ def _images(recipe: Recipe, inputs: Mapping[str, Input], note: Note) -> Samples:
         images = normalise(data.train.images(chosen[rows]), mean, std).numpy()
         return {only: np.ascontiguousarray(images, dtype=inputs[only].dtype)}
 
-    return Samples(count, take)
+    batches = Batches(data.train, mean, std, min(BATCH, count), count, recipe.seed, "cpu", data.flip, data.pad)
+    element = inputs[only].dtype
+    return Samples(count, take, lambda: ({only: images.numpy().astype(element)} for images, _ in batches))
 
 
 def _few(samples: Samples | None, inputs: Mapping[str, Input]) -> Feeds | None:

@@ -79,9 +79,17 @@ class Task:
         return self._batches(self.data.holdout, count, batch_size, rest=True)
 
     def recalibrate(self, module: nn.Module, *, images: int = 2048) -> int:
-        """Measure every BatchNorm's statistics anew, in place, as `train.recalibrate`."""
+        """Measure every BatchNorm's statistics anew, in place, on images that are moved as in training."""
         return recalibrate(
-            module, self.data.train, self.mean, self.std, images=images, seed=self.seed, device=self.device
+            module,
+            self.data.train,
+            self.mean,
+            self.std,
+            images=images,
+            seed=self.seed,
+            device=self.device,
+            flip=self.data.flip,
+            pad=self.data.pad,
         )
 
     def accuracy(self, module: nn.Module) -> Accuracy:
