@@ -13,7 +13,7 @@ from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, PruneR
 from prune2deploy.methods.filters import producers
 from prune2deploy.methods.lessons import Lesson, Sight, study, teach
 from prune2deploy.methods.readers import Pruned, first_batches, is_watched
-from prune2deploy.methods.reconstruction import lasso, lasso_keeping, weighted_least_squares, weighted_mean
+from prune2deploy.methods.reconstruction import Lasso, weighted_least_squares, weighted_mean
 from prune2deploy.silence import FoldPlace
 
 _PATH = 1e-4 ** np.linspace(0.0, 1.0, 65)[1:]
@@ -85,11 +85,9 @@ class CPLI(Method):
         found = {}
         for group in scored:
             gram, products = self._moments(network, group, teacher, self._student(network, group, teacher), {})
-            top = float(np.abs(products).max())
-            score, start = np.zeros(group.size), np.zeros(group.size)
-            for share in _PATH if top > 0 else ():
-                start = lasso(gram, products, share * top, start)
-                score = np.where((score == 0) & (start != 0), share, score)
+            problem, score = Lasso(gram, products), np.zeros(group.size)
+            for share in _PATH if problem.top > 0 else ():
+                score = np.where((score == 0) & (problem.near(share * problem.top) != 0), share, score)
             found[group.id] = score
         return found
 
@@ -107,10 +105,11 @@ class CPLI(Method):
         for group in narrow:
             student = self._student(network, group, teacher)
             gram, products = self._moments(network, group, teacher, student, widths)
-            beta, penalty = lasso_keeping(gram, products, widths[group.id])
+            problem = Lasso(gram, products)
+            beta, penalty = problem.keeping(widths[group.id])
             best = np.argsort(-np.abs(beta), kind="stable")
             network.silence(group, np.sort(best[widths[group.id] :]))
-            penalties[group.id] = penalty / (float(np.abs(products).max()) or 1.0)
+            penalties[group.id] = penalty / (problem.top or 1.0)
             self._fit(network, teacher, student)
         report = plan_report(groups, budget, network.kept) | {
             "ranking": ranking,

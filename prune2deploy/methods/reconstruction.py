@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, lstsq
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, lstsq
 
 from prune2deploy.errors import DeviceError
 
@@ -154,85 +154,92 @@ def removal_order(
 # --- LASSO ------------------------------------------------------------------------------------------------------------
 
 
-def lasso(gram: np.ndarray, products: np.ndarray, penalty: float, start: np.ndarray | None = None) -> np.ndarray:
-    """Return argmin of ``b H b / 2 - q b + penalty * sum |b|``, [variables].
+class Lasso:
+    """The problem argmin of ``b H b / 2 - q b + penalty * sum |b|`` for one H and q, and any penalty.
 
-    scikit-learn's coordinate descent finds which are 0; the others are then solved for exactly.
+    scikit-learn's coordinate descent finds which variables are 0; the others are then solved for exactly.
 
-    Args:
-        gram: H, positive semidefinite.
-        products: q.
-        penalty: not negative; from ``max |q|`` on all are 0.
-        start: where to start from.
+    Attributes:
+        gram: H, [variables, variables], positive semidefinite.
+        products: q, [variables].
+        top: the smallest penalty that leaves none, ``max |q|``.
 
     Raises:
         DeviceError: if scikit-learn is not installed.
     """
-    if penalty >= np.abs(products).max(initial=0.0):
-        return np.zeros(len(products))
-    if penalty == 0:
-        return np.asarray(lstsq(gram, products)[0])
-    found = _descend(gram, products, penalty, start)
-    active = np.flatnonzero(found)
-    signs = np.sign(found[active])
-    exact = np.zeros_like(found)
-    exact[active] = lstsq(gram[np.ix_(active, active)], products[active] - penalty * signs)[0]
-    held = np.array_equal(np.sign(exact[active]), signs)
-    better = held and kkt_residual(gram, products, penalty, exact) <= kkt_residual(gram, products, penalty, found)
-    return exact if better else found
 
+    def __init__(self, gram: np.ndarray, products: np.ndarray) -> None:
+        try:
+            from sklearn import linear_model
+        except ImportError as error:
+            message = "scikit-learn is not installed, which method 'cpli' needs; pip install 'prune2deploy[torch]'"
+            raise DeviceError(message) from error
+        self.gram = gram
+        self.products = products
+        self.top = float(np.abs(products).max(initial=0.0))
+        # A design of as few rows as possible that has this Gram matrix and these products.
+        values, vectors = np.linalg.eigh(gram)
+        kept = values > max(values[-1], 0.0) * 1e-14
+        root, basis = np.sqrt(values[kept]), vectors[:, kept].T
+        scale = np.sqrt(max(len(root), 1))
+        self._design = np.asfortranarray(basis * root[:, None] * scale)
+        self._wanted = basis @ products / root * scale
+        self._solver = linear_model.Lasso(fit_intercept=False, max_iter=20000, tol=1e-10, warm_start=True)
+        self._solver.coef_ = np.zeros(len(products))
 
-def _descend(gram: np.ndarray, products: np.ndarray, penalty: float, start: np.ndarray | None) -> np.ndarray:
-    try:
+    def near(self, penalty: float) -> np.ndarray:
+        """Return the solution by coordinate descent from the last one, [variables]; penalty > 0."""
         from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import Lasso
-    except ImportError as error:
-        message = "scikit-learn is not installed, which method 'cpli' needs; pip install 'prune2deploy[torch]'"
-        raise DeviceError(message) from error
-    # A design of as many rows as variables that has this Gram matrix and these products.
-    values, vectors = np.linalg.eigh(gram)
-    kept = values > values[-1] * 1e-14
-    root = np.sqrt(values[kept])
-    design = vectors[:, kept].T * root[:, None]
-    wanted = vectors[:, kept].T @ products / root
-    scale = np.sqrt(len(wanted))
-    solver = Lasso(alpha=penalty, fit_intercept=False, max_iter=20000, tol=1e-10, warm_start=True)
-    solver.coef_ = np.zeros(len(products)) if start is None else start.copy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        solver.fit(np.asfortranarray(design * scale), wanted * scale)
-    return np.asarray(solver.coef_, dtype=np.float64)
 
+        if penalty >= self.top:
+            return np.zeros(len(self.products))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self._solver.set_params(alpha=penalty).fit(self._design, self._wanted)
+        return np.array(self._solver.coef_, dtype=np.float64)
 
-def kkt_residual(gram: np.ndarray, products: np.ndarray, penalty: float, found: np.ndarray) -> float:
-    """Return by how much a LASSO's optimality conditions are missed at worst; 0 at the minimum."""
-    slope = products - gram @ found
-    active = found != 0
-    missed = np.where(active, np.abs(slope - penalty * np.sign(found)), np.maximum(np.abs(slope) - penalty, 0.0))
-    return float(missed.max(initial=0.0))
+    def solve(self, penalty: float) -> np.ndarray:
+        """Return the solution, [variables]; without a penalty that of the linear equations."""
+        if penalty == 0:
+            return _equations(self.gram, self.products)
+        found = self.near(penalty)
+        active = np.flatnonzero(found)
+        signs = np.sign(found[active])
+        exact = np.zeros_like(found)
+        exact[active] = _equations(self.gram[np.ix_(active, active)], self.products[active] - penalty * signs)
+        better = np.array_equal(np.sign(exact[active]), signs) and self.missed(penalty, exact) <= self.missed(
+            penalty, found
+        )
+        return exact if better else found
 
+    def missed(self, penalty: float, found: np.ndarray) -> float:
+        """Return by how much the conditions of optimality are missed at worst; 0 at the minimum."""
+        slope = self.products - self.gram @ found
+        active = found != 0
+        missed = np.where(active, np.abs(slope - penalty * np.sign(found)), np.maximum(np.abs(slope) - penalty, 0.0))
+        return float(missed.max(initial=0.0))
 
-def lasso_keeping(gram: np.ndarray, products: np.ndarray, count: int, *, steps: int = 40) -> tuple[np.ndarray, float]:
-    """Return the LASSO of the largest penalty found that keeps ``count`` variables or more, and that penalty.
+    def keeping(self, count: int, *, steps: int = 40) -> tuple[np.ndarray, float]:
+        """Return the solution of the largest penalty found that leaves ``count`` variables or more, and that penalty.
 
-    Bisection of the penalty on a geometric scale; where no penalty keeps as many, the solution without one.
-    """
-    top = float(np.abs(products).max(initial=0.0))
-    high, low = top, 0.0
-    best, at = lasso(gram, products, 0.0), 0.0
-    for _ in range(steps if top > 0 else 0):
-        middle = float(np.sqrt(high * low)) if low > 0 else high / 8
-        found = lasso(gram, products, middle, best)
-        kept = int(np.count_nonzero(found))
-        if kept >= count:
-            best, at, low = found, middle, middle
-            if kept == count:
+        Bisection of the penalty on a geometric scale; where no penalty leaves as many, the solution without one.
+        """
+        high, low = self.top, 0.0
+        for _ in range(steps if self.top > 0 else 0):
+            middle = float(np.sqrt(high * low)) if low > 0 else high / 8
+            kept = np.count_nonzero(self.near(middle))
+            low, high = (middle, high) if kept >= count else (low, middle)
+            if kept == count or (low == 0 and high < self.top * 1e-12):
                 break
-        else:
-            high = middle
-            if low == 0.0 and middle < top * 1e-12:
-                break
-    return best, at
+        return self.solve(low), low
+
+
+def _equations(gram: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Return the solution of linear equations, the smallest where there are many."""
+    try:
+        return np.asarray(cho_solve(cho_factor(gram), products))
+    except LinAlgError:
+        return np.asarray(lstsq(gram, products)[0])
 
 
 # --- least squares ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import Lasso
+from sklearn import linear_model
 from torch import Tensor, nn
 from toy_groups import TOYS, Mobile, Residual, mobile_groups, randomise, residual_groups
 
@@ -17,7 +17,7 @@ from prune2deploy.methods.base import Context, PruneResult
 from prune2deploy.methods.cpli import CPLI, lasso_moments
 from prune2deploy.methods.lessons import Lesson, Sight
 from prune2deploy.methods.readers import Pruned
-from prune2deploy.methods.reconstruction import lasso, lasso_keeping
+from prune2deploy.methods.reconstruction import Lasso
 
 Batch = tuple[Tensor, Tensor]
 RNG = np.random.default_rng(5)
@@ -75,8 +75,8 @@ def test_in_the_dense_network_no_penalty_gives_every_channel_exactly_one(toy: st
     net, groups, method = randomise(make()).double(), make_groups(), CPLI()
     copy, teacher, student = looked_at(method, net, groups, group, batches((16, *shape[1:]), 3))
     gram, products = method._moments(copy, groups[group], teacher, student, {})
-    np.testing.assert_allclose(lasso(gram, products, 0.0), 1.0, rtol=1e-7)
-    assert not lasso(gram, products, float(np.abs(products).max())).any()
+    np.testing.assert_allclose(Lasso(gram, products).solve(0.0), 1.0, rtol=1e-7)
+    assert not Lasso(gram, products).solve(float(np.abs(products).max())).any()
 
 
 def test_without_guidance_it_is_the_plain_lasso_on_the_samples() -> None:
@@ -92,8 +92,10 @@ def test_without_guidance_it_is_the_plain_lasso_on_the_samples() -> None:
     np.testing.assert_allclose(gram, z.T @ z / len(seen) / unit)
     for share in (0.5, 0.1, 0.01):
         penalty = share * np.abs(products).max()
-        own = Lasso(alpha=penalty * unit * len(seen) / len(z), fit_intercept=False, tol=1e-12, max_iter=100000)
-        np.testing.assert_allclose(lasso(gram, products, penalty), own.fit(z, y).coef_, atol=1e-6)
+        own = linear_model.Lasso(
+            alpha=penalty * unit * len(seen) / len(z), fit_intercept=False, tol=1e-12, max_iter=100000
+        )
+        np.testing.assert_allclose(Lasso(gram, products).solve(penalty), own.fit(z, y).coef_, atol=1e-6)
 
 
 def test_a_channel_that_contributes_nothing_goes_first() -> None:
@@ -126,7 +128,7 @@ def test_an_output_without_importance_has_no_say() -> None:
         found = [
             method._moments(copy, groups["conv1"], told, {"conv2.weight": Sight(seen, y)}, {}) for y in (wanted, other)
         ]
-        betas = [lasso_keeping(gram, products, 4)[0] for gram, products in found]
+        betas = [Lasso(gram, products).keeping(4)[0] for gram, products in found]
         assert np.array_equal(*betas) == silent
 
 

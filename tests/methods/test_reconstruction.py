@@ -7,14 +7,12 @@ import pytest
 from scipy.linalg import lstsq
 
 from prune2deploy.methods.reconstruction import (
+    Lasso,
     Moments,
     Reading,
     compensation,
     factor,
     inverse,
-    kkt_residual,
-    lasso,
-    lasso_keeping,
     loss_after,
     removal_order,
     ridged,
@@ -169,9 +167,9 @@ def test_no_penalty_gives_exactly_one_and_the_largest_product_gives_zero() -> No
     """lambda = 0 -> beta = 1; lambda >= max |q| -> beta = 0, and just below it one is not 0."""
     _, _, gram, products = problem(7)
     top = np.abs(products).max()
-    np.testing.assert_allclose(lasso(gram, products, 0.0), 1.0, rtol=1e-9)
-    assert not lasso(gram, products, top).any()
-    assert np.count_nonzero(lasso(gram, products, top * 0.999)) == 1
+    np.testing.assert_allclose(Lasso(gram, products).solve(0.0), 1.0, rtol=1e-9)
+    assert not Lasso(gram, products).solve(top).any()
+    assert np.count_nonzero(Lasso(gram, products).solve(top * 0.999)) == 1
 
 
 @pytest.mark.parametrize("variables", [5, 20])
@@ -180,15 +178,15 @@ def test_the_optimality_conditions_hold_to_1e8(variables: int, share: float) -> 
     """KKT: |q - H beta| = lambda where beta is not 0 and with its sign, and at most lambda elsewhere."""
     _, _, gram, products = problem(variables)
     penalty = share * np.abs(products).max()
-    assert kkt_residual(gram, products, penalty, lasso(gram, products, penalty)) < 1e-8
+    assert Lasso(gram, products).missed(penalty, Lasso(gram, products).solve(penalty)) < 1e-8
 
 
 def test_the_residual_of_the_conditions_sees_what_is_not_optimal() -> None:
     _, _, gram, products = problem(5)
     penalty = 0.3 * np.abs(products).max()
-    best = lasso(gram, products, penalty)
-    assert kkt_residual(gram, products, penalty, best + 1e-3) > 1e-5
-    assert kkt_residual(gram, products, penalty, np.zeros(5)) == pytest.approx(np.abs(products).max() - penalty)
+    best = Lasso(gram, products).solve(penalty)
+    assert Lasso(gram, products).missed(penalty, best + 1e-3) > 1e-5
+    assert Lasso(gram, products).missed(penalty, np.zeros(5)) == pytest.approx(np.abs(products).max() - penalty)
 
 
 def test_it_is_the_lasso_on_the_samples_themselves() -> None:
@@ -201,7 +199,7 @@ def test_it_is_the_lasso_on_the_samples_themselves() -> None:
         slope = z.T @ (z @ beta - y) / len(z)
         beta = beta - step * slope
         beta = np.sign(beta) * np.maximum(np.abs(beta) - step * penalty, 0.0)
-    np.testing.assert_allclose(lasso(gram, products, penalty), beta, atol=1e-8)
+    np.testing.assert_allclose(Lasso(gram, products).solve(penalty), beta, atol=1e-8)
 
 
 def test_a_singular_problem_is_solved_and_a_variable_that_is_zero_stays_out() -> None:
@@ -209,21 +207,21 @@ def test_a_singular_problem_is_solved_and_a_variable_that_is_zero_stays_out() ->
     z[:, 4], z[:, 2] = z[:, 1], 0.0
     gram, products = z.T @ z / len(z), z.T @ y / len(z)
     penalty = 0.05 * np.abs(products).max()
-    found = lasso(gram, products, penalty)
+    found = Lasso(gram, products).solve(penalty)
     assert found[2] == 0
-    assert kkt_residual(gram, products, penalty, found) < 1e-8
+    assert Lasso(gram, products).missed(penalty, found) < 1e-8
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 11, 12])
 def test_the_penalty_is_bisected_until_as_many_stay(count: int) -> None:
     _, _, gram, products = problem(12)
-    found, penalty = lasso_keeping(gram, products, count)
+    found, penalty = Lasso(gram, products).keeping(count)
     assert np.count_nonzero(found) == count
-    assert kkt_residual(gram, products, penalty, found) < 1e-7
+    assert Lasso(gram, products).missed(penalty, found) < 1e-7
 
 
 def test_where_nothing_contributes_the_bisection_ends() -> None:
-    found, penalty = lasso_keeping(np.zeros((4, 4)), np.zeros(4), 2)
+    found, penalty = Lasso(np.zeros((4, 4)), np.zeros(4)).keeping(2)
     assert not found.any()
     assert penalty == 0
 
