@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,35 +107,62 @@ def export_narrow(
     masked = copy.deepcopy(masked).eval()
     exported = export_network(masked, inputs, fuse=False)
     origins = _origins(masked, inputs, exported.model)
-    adaptable = {name for name, part in masked.named_modules() if isinstance(part, Narrowable)}
-    code = Code(frozenset(origins.values()), _biased(masked, exported), _nodes_of(adaptable, exported))
+    source = _Source(masked, tuple(inputs), exported, origins, tuple(samples))
+    code = Code(frozenset(origins.values()), _biased(masked, exported), _nodes_of(source.adaptable(), exported))
+    try:
+        network, tensors, found = _attempt(source, factory, code)
+    except (InputError, VerifyError):
+        if all(node.op_type != "Split" for node in exported.model.graph.node):
+            raise
+        network, tensors, found = _attempt(source, factory, replace(code, chunks=False))  # split by a size, it may be
+    save_weights(tensors, folder / WEIGHTS, metadata)
+    write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **(about or {}), **found})
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A masked network with its export, and on what a narrow one is proved."""
+
+    masked: nn.Module
+    inputs: tuple[Tensor, ...]
+    exported: Exported
+    origins: _Origins
+    samples: tuple[Tensor, ...]
+
+    def adaptable(self) -> set[str]:
+        """Return the modules that can be told which channels are left."""
+        return {name for name, part in self.masked.named_modules() if isinstance(part, Narrowable)}
+
+
+def _attempt(
+    source: _Source, factory: Callable[[], nn.Module], code: Code
+) -> tuple[NarrowNetwork, dict[str, Tensor], dict[str, Any]]:
+    """Return the narrow network, proved, with its parameters and buffers, and what ``narrow.json`` says."""
+    exported = source.exported
     narrowed = narrow(exported.model, code)
-    tensors, parameters = _tensors(masked, origins, narrowed)
+    tensors, parameters = _tensors(source.masked, source.origins, narrowed)
     biases = {exported.source_map[node]["module"]: torch.from_numpy(array) for node, array in narrowed.biases.items()}
-    shown = [{"shape": list(one.shape), "dtype": str(one.dtype).removeprefix("torch.")} for one in inputs]
-    manifest: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        **(about or {}),
+    shown = [{"shape": list(one.shape), "dtype": str(one.dtype).removeprefix("torch.")} for one in source.inputs]
+    found: dict[str, Any] = {
         "parameters": parameters,
         "biases": sorted([name, len(array)] for name, array in biases.items()),
         "groups": {exported.source_map[node].get("module", ""): count for node, count in narrowed.groups.items()},
-        "modules": {path: _boundary(path, exported, narrowed) for path in sorted(adaptable)},
+        "modules": {path: _boundary(path, exported, narrowed) for path in sorted(source.adaptable())},
         "inputs": shown,
     }
     tensors |= {f"{name}.bias": array for name, array in biases.items()}
     module = factory().to("cpu").eval()
-    narrow_in_place(module, manifest, tensors)
-    manifest["outputs"] = [sampled(one).to_json() for one in run_named(module, example_inputs(shown))]
-    whole = _whole(narrowed, exported)
-    difference = _require_equal(masked, module, [example_inputs(shown), tuple(inputs), *([one] for one in samples)])
+    narrow_in_place(module, found, tensors)
+    example = example_inputs(shown)
+    found["outputs"] = [sampled(one).to_json() for one in run_named(module, example)]
+    difference = _difference(source.masked, module, [example, source.inputs, *([one] for one in source.samples)])
     if difference > RTOL:
-        raise _differs(difference, module, inputs, exported, narrowed)
-    idle = _idle(masked, inputs, origins)
-    manifest |= {"whole": whole, "idle": idle}
-    save_weights(tensors, folder / WEIGHTS, metadata)
-    write_json(folder / MANIFEST, manifest)
+        raise _differs(difference, module, source.inputs, exported, narrowed)
+    whole, idle = _whole(narrowed, exported), _idle(source.masked, source.inputs, source.origins)
     cost = narrowed.after()
-    return NarrowNetwork(module, cost.macs, cost.parameters, whole, idle, difference)
+    network = NarrowNetwork(module, cost.macs, cost.parameters, whole, idle, difference)
+    return network, tensors, {**found, "whole": whole, "idle": idle}
 
 
 def narrow_run(run: Path, task: Loaded, method: Method) -> None:
@@ -178,15 +205,18 @@ def narrow_run(run: Path, task: Loaded, method: Method) -> None:
     report = read_report(run)
     narrow_section = {**written.to_json(), "slim_difference": agreement}
     update_section(run, "export", {**report["export"], "narrow": narrow_section})
-    found = _warnings(written, report["slim"]["macs"]["after"])
+    found = warnings_of(written, report["slim"]["macs"]["after"])
     update_section(run, "slim", {**report["slim"], "warnings": [*report["slim"]["warnings"], *found]})
 
 
-def _warnings(written: NarrowNetwork, slim_macs: int) -> list[str]:
+def warnings_of(written: NarrowNetwork, slim_macs: int) -> list[str]:
+    """Return what a user should be told: where it is wider than the slim graph, and what is not narrow at all."""
     found = []
     if written.macs > slim_macs:
-        more, places = written.macs - slim_macs, dict.fromkeys(named(entry) for entry in written.whole)
-        why = f"kept whole: {'; '.join(places)}" if places else "its groups and chunks stay equal, its branches stay"
+        more, places = written.macs - slim_macs, list(dict.fromkeys(named(entry) for entry in written.whole))
+        rest = f"; and {len(places) - 3} more" if len(places) > 3 else ""
+        shown = f"kept whole, since they name widths: {'; '.join(places[:3])}{rest}"
+        why = shown if places else "its groups and chunks stay equal, its branches stay"
         found.append(f"the narrow PyTorch network has {more:,} MACs more than the slim graph ({why})")
     if written.idle:
         names = ", ".join(f"'{name}'" for name in written.idle)
@@ -350,7 +380,21 @@ def _boundary(path: str, exported: Exported, narrowed: Narrowed) -> dict[str, li
 
 def _whole(narrowed: Narrowed, exported: Exported) -> list[dict[str, str]]:
     """Return what could not be narrow, by module and source line."""
-    return [{"node": node, "why": why, **exported.source_map.get(node, {})} for node, why in narrowed.whole.items()]
+    readers: dict[str, list[str]] = {}
+    for node in narrowed.before.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.name)
+    outputs = {node.name: list(node.output) for node in narrowed.before.graph.node}
+
+    def record(node: str) -> dict[str, str]:
+        own = exported.source_map.get(node)
+        if own:
+            return own
+        beside = (exported.source_map.get(reader) for name in outputs.get(node, ()) for reader in readers.get(name, ()))
+        found = next((one for one in beside if one), {})  # the exporter notes nothing of some nodes, as of Split
+        return {"reader" if key == "module" else key: text for key, text in found.items()}
+
+    return [{"node": node, "why": why, **record(node)} for node, why in narrowed.whole.items()]
 
 
 def _idle(module: nn.Module, inputs: Sequence[Tensor], origins: Mapping[str, str]) -> list[str]:
@@ -373,14 +417,15 @@ def _idle(module: nn.Module, inputs: Sequence[Tensor], origins: Mapping[str, str
 
 def named(entry: Mapping[str, str]) -> str:
     """Return in words which code a node is of."""
-    place = f"module '{entry['module']}'" if entry.get("module") else "the network itself"
+    reader = f"what module '{entry['reader']}' reads" if entry.get("reader") else "the network itself"
+    place = f"module '{entry['module']}'" if entry.get("module") else reader
     return f"{place} ({entry['source']})" if entry.get("source") else f"{place}, node '{entry.get('node', '')}'"
 
 
 # --- proof ------------------------------------------------------------------------------------------------------------
 
 
-def _require_equal(masked: nn.Module, module: nn.Module, cases: Sequence[Sequence[Tensor]]) -> float:
+def _difference(masked: nn.Module, module: nn.Module, cases: Sequence[Sequence[Tensor]]) -> float:
     """Return the largest difference of two networks, of the largest output; infinite where shapes differ."""
     worst = 0.0
     for inputs in cases:

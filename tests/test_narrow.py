@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from prune2deploy import load_narrow
 from prune2deploy.apply import MergeKeeper, apply_masks
 from prune2deploy.errors import InputError, VerifyError
-from prune2deploy.export_narrow import NarrowNetwork, export_narrow
+from prune2deploy.export_narrow import NarrowNetwork, export_narrow, named, warnings_of
 from prune2deploy.exporter import Exported, export_network
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.layers import totals
@@ -182,17 +183,16 @@ def test_the_small_network_of_the_command_line_is_loaded_by_its_spec_and_trains_
 
 
 def test_training_goes_on_in_every_parameter_and_in_the_norms(tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        return load_network("resnet_digits", num_classes=4, seed=3).module
-
-    images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 4
-    masked = pruned(seeded(build), images)
-    export_narrow(masked, (images,), build, tmp_path)
-    module = load_narrow(build, tmp_path).train()
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 5
+    masked = seeded(Plain)
+    silence(masked, "first", "norm", [0, 4, 9])
+    silence(masked, "second", "second_norm", [1, 2])
+    export_narrow(masked, (images,), Plain, tmp_path)
+    module = load_narrow(Plain, tmp_path).train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
     losses = []
-    for _ in range(12):
+    for _ in range(30):
         loss = F.cross_entropy(module(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -372,6 +372,29 @@ def test_chunks_stay_equal_and_shuffles_rectangles(tmp_path: Path) -> None:
     require_equal(one, IMAGES, as_narrow=False)
     assert len(one.narrow.get_parameter("first.weight")) == 12
     assert one.written.whole == []
+
+
+def test_parts_of_a_size_that_the_code_names_stay_whole(tmp_path: Path) -> None:
+    class Parted(Plain):
+        def middle(self, x: Tensor) -> Tensor:
+            left, right = F.relu(x).split(8, 1)
+            return torch.cat([left, torch.tanh(right)], 1)
+
+    masked = seeded(Parted)
+    silence(masked, "first", "norm", [0, 4, 5, 8])
+    silence(masked, "second", "second_norm", [0])
+    one = case(masked, Parted, IMAGES, tmp_path)
+    require_equal(one, IMAGES, as_narrow=False)
+    assert len(one.narrow.get_parameter("first.weight")) == 16
+    assert len(one.narrow.get_parameter("second.weight")) == 15
+    (entry,) = one.written.whole
+    assert entry["why"] == "it names channels or widths of its own"
+    assert re.fullmatch(r"the network itself \(.*test_narrow.py:\d+ in forward\)", named(entry))
+    (text,) = warnings_of(one.written, one.written.macs - 5)
+    assert text.startswith(
+        "the narrow PyTorch network has 5 MACs more than the slim graph (kept whole, since they name"
+    )
+    assert not warnings_of(one.written, one.written.macs)
 
 
 def test_widths_that_slices_and_means_name_stay_whole_and_are_named(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from prune2deploy.graph.rules.select import SHUFFLE
 BIASED = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
 """The slot of the bias, which a layer without one may be given."""
 
+NAMES_WIDTHS = "it names channels or widths of its own"
+
 Held = dict[tuple[int, int], np.ndarray]
 
 
@@ -38,11 +40,14 @@ class Code:
         parameters: the constants that are the network's own and may shrink.
         layers: the nodes whose layer can be given a bias.
         adaptable: the nodes of modules that can be told which channels are kept.
+        chunks: whether equal parts of a Split are shares of whatever is there, as ``chunk`` makes them; a graph does
+            not tell them from parts of a size that the code names.
     """
 
     parameters: Set[str]
     layers: Set[str] = frozenset()
     adaptable: Set[str] = frozenset()
+    chunks: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +189,12 @@ def _irregular(analysis: Analysis, writer: Writer, shuffles: Set[int], code: Cod
     for index, slot in sorted(writer.written):
         node = nodes[index]
         if index not in shuffles and not _follows(node, slot, code):
-            found[index] = "it names channels or widths of its own"
+            found[index] = NAMES_WIDTHS
+    for node in () if code.chunks else nodes:
+        if node.op_type == "Split" and not node.domain:
+            axis = int(node.attribute("axis", 0)) % (node.inputs[0].rank or 1)
+            if analysis.keep.indices(node.inputs[0].name, axis) is not None:
+                found[node.index] = NAMES_WIDTHS
     return {index: why for index, why in found.items() if nodes[index].name not in code.adaptable}
 
 
