@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from prune2deploy.errors import InputError, VerifyError
 from prune2deploy.exporter import Exported, export_network, require_agreement
 from prune2deploy.files import write_json
-from prune2deploy.graph.model import copy_of
 from prune2deploy.graph.narrow import Code, Narrowed, narrow
-from prune2deploy.graph.normal import normalise, to_model
 from prune2deploy.groups import Groups
 from prune2deploy.narrow import (
     GROUPS,
@@ -39,6 +37,7 @@ from prune2deploy.narrow import (
     sampled,
 )
 from prune2deploy.networks import load_network, save_weights
+from prune2deploy.origins import Origins, find_origins, narrow_tensors, normal_form
 from prune2deploy.pipeline import Loaded, real_samples
 from prune2deploy.report import read_report, update_section
 
@@ -106,7 +105,7 @@ def export_narrow(
     """
     masked = copy.deepcopy(masked).eval()
     exported = export_network(masked, inputs, fuse=False)
-    origins = _origins(masked, inputs, exported.model)
+    origins = find_origins(masked, inputs, exported.model)
     source = _Source(masked, tuple(inputs), exported, origins, tuple(samples))
     code = Code(frozenset(origins.values()), _biased(masked, exported), _nodes_of(source.adaptable(), exported))
     try:
@@ -127,7 +126,7 @@ class _Source:
     masked: nn.Module
     inputs: tuple[Tensor, ...]
     exported: Exported
-    origins: _Origins
+    origins: Origins
     samples: tuple[Tensor, ...]
 
     def adaptable(self) -> set[str]:
@@ -141,7 +140,7 @@ def _attempt(
     """Return the narrow network, proved, with its parameters and buffers, and what ``narrow.json`` says."""
     exported = source.exported
     narrowed = narrow(exported.model, code)
-    tensors, parameters = _tensors(source.masked, source.origins, narrowed)
+    tensors, parameters = narrow_tensors(source.masked, source.origins, narrowed)
     biases = {exported.source_map[node]["module"]: torch.from_numpy(array) for node, array in narrowed.biases.items()}
     shown = [{"shape": list(one.shape), "dtype": str(one.dtype).removeprefix("torch.")} for one in source.inputs]
     found: dict[str, Any] = {
@@ -222,108 +221,6 @@ def warnings_of(written: NarrowNetwork, slim_macs: int) -> list[str]:
         names = ", ".join(f"'{name}'" for name in written.idle)
         found.append(f"{names} of the narrow PyTorch network stay as wide as they were: eval mode does not run them")
     return found
-
-
-# --- which constant of the graph is which parameter -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Turned:
-    """A constant that holds a parameter in another form."""
-
-    name: str
-    transposed: bool
-
-
-def _origins(module: nn.Module, inputs: Sequence[Tensor], model: onnx.ModelProto) -> _Origins:
-    """Return for every parameter and buffer the constant of the graph that holds it.
-
-    The exporter computes with small constants: a gain's ``view(1, -1, 1, 1)`` is a constant of another name. Those
-    are found again by exporting the network once more, with values that occur nowhere else in their place.
-    """
-    state = module.state_dict()
-    there = {tensor.name for tensor in _normal(model).graph.initializer}
-    names = {name: name for name in state if name in there}
-    lost = [name for name, tensor in state.items() if name not in there and _traceable(tensor)]
-    return _Origins(names, {} if not lost else _traced(module, inputs, lost, set(names)))
-
-
-class _Origins(dict[str, str]):
-    """Parameter -> constant; ``transposed`` are those that hold the matrix the other way round."""
-
-    def __init__(self, names: Mapping[str, str], turned: Mapping[str, _Turned]) -> None:
-        super().__init__({**names, **{name: found.name for name, found in turned.items()}})
-        self.transposed = {name for name, found in turned.items() if found.transposed}
-
-
-def _traceable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 1
-
-
-def _traced(module: nn.Module, inputs: Sequence[Tensor], lost: Sequence[str], known: set[str]) -> dict[str, _Turned]:
-    probe = copy.deepcopy(module)
-    state, first = probe.state_dict(), 1
-    marks: dict[str, np.ndarray] = {}
-    for name in lost:
-        count = state[name].numel()
-        mark = torch.arange(first, first + count, dtype=torch.float64) / 2.0**12  # exact in float32 up to 16 million
-        state[name].copy_(mark.reshape(state[name].shape))
-        marks[name] = state[name].double().numpy()
-        first += count
-    found: dict[str, _Turned] = {}
-    for constant in _normal(export_network(probe, inputs, fuse=False).model).graph.initializer:
-        if constant.name in known or int(np.prod(constant.dims)) < 2:
-            continue
-        array = numpy_helper.to_array(constant)
-        for name, own in marks.items():
-            if array.size != own.size:
-                continue
-            if np.array_equal(array.ravel(), own.ravel()):
-                found[name] = _Turned(constant.name, transposed=False)
-            elif own.ndim == 2 and array.shape == own.shape[::-1] and np.array_equal(array.T, own):
-                found[name] = _Turned(constant.name, transposed=True)
-    return found
-
-
-def _normal(model: onnx.ModelProto) -> onnx.ModelProto:
-    return to_model(normalise(copy_of(model)), model)
-
-
-def _tensors(
-    module: nn.Module, origins: _Origins, narrowed: Narrowed
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Return the narrow parameters and buffers, and what ``narrow.json`` says of each."""
-    tensors: dict[str, Tensor] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for name, tensor in module.state_dict().items():
-        constant = origins.get(name)
-        array = narrowed.arrays.get(constant or "")
-        kept: dict[str, Any] = {}
-        if array is not None and constant is not None:
-            found = {int(axis): indices for axis, indices in narrowed.kept.get(constant, {}).items()}
-            array, found = _in_own_form(array, found, tensor, transposed=name in origins.transposed)
-            kept = {str(axis): indices for axis, indices in found.items()}
-        new = tensor if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(tensor.dtype)
-        tensors[name] = new.detach().clone()
-        entries[name] = {"dense": list(tensor.shape), "narrow": list(new.shape), "kept": kept}
-    return tensors, entries
-
-
-def _in_own_form(
-    array: np.ndarray, kept: dict[int, Any], tensor: Tensor, *, transposed: bool
-) -> tuple[np.ndarray, dict[int, Any]]:
-    """Return a constant and its kept indices in the form of the parameter that it was made of."""
-    if transposed:
-        return array.T, {1 - axis: indices for axis, indices in kept.items()}
-    if array.ndim == tensor.ndim:
-        return array, kept
-    shape = list(tensor.shape)
-    own: dict[int, Any] = {}
-    for axis, indices in kept.items():  # a vector seen as [1, C, 1, 1], say: the only axis of that size
-        places = [place for place, size in enumerate(shape) if size > 1 and place not in own]
-        place = next((one for one in places if tensor.shape[one] > max(indices, default=0)), places[0])
-        own[place], shape[place] = indices, array.shape[axis]
-    return array.reshape(shape), own
 
 
 # --- modules and nodes ------------------------------------------------------------------------------------------------
@@ -443,7 +340,7 @@ def _differs(
     difference: float, module: nn.Module, inputs: Sequence[Tensor], exported: Exported, narrowed: Narrowed
 ) -> Exception:
     """Return the error for a narrow network that computes something else, by the first node that its code changed."""
-    again = _normal(export_network(module, inputs, fuse=False).model)
+    again = normal_form(export_network(module, inputs, fuse=False).model)
     wanted = {node.name: node for node in narrowed.model.graph.node}
     mine, theirs = _small(again, module), _small(narrowed.model, module)
     for node in again.graph.node:

@@ -59,7 +59,9 @@ TABLE = {
     "apply": Row((*BASE, "networks"), names("numpy torch"), TORCH_LAZY),
     "train": Row((*BASE, "networks", "data", "apply", "train"), names("numpy torch"), TORCH_LAZY | names("accelerate")),
     "exporter": Row(
-        (*BASE, "networks", "apply", "exporter"), names("numpy torch onnx onnxscript"), TORCH_LAZY | names("onnxruntime")
+        (*BASE, "networks", "apply", "exporter"),
+        names("numpy torch onnx onnxscript"),
+        TORCH_LAZY | names("onnxruntime"),
     ),
     # scores and budgets are functions of arrays, so the torch column and an ONNX file share them
     "climb": Row(BASE, names("numpy")),
@@ -85,6 +87,7 @@ TABLE = {
     "pipeline": Row(ANY, names("numpy"), names("numpy scipy torch onnx onnx_graphsurgeon onnxruntime")),
     "narrow": Row((*BASE, "networks", "narrow"), names("numpy torch"), TORCH_LAZY, ("methods",)),
     "export_narrow": Row(ANY, names("numpy torch onnx")),
+    "origins": Row(ANY, names("numpy torch onnx")),
     "prune_network": Row(ANY, names("numpy"), names("torch")),
     "unfinished": Row(BASE, names("numpy"), names("torch"), ("train", "networks", "methods")),
     "compare": Row(ANY, names("pydantic"), names("ray")),
@@ -273,7 +276,7 @@ def test_importing_the_package_needs_nothing_but_the_standard_library() -> None:
 
 
 def test_all_but_the_torch_column_can_be_imported_without_the_heavy_packages() -> None:
-    torch_column = ("networks", "data", "apply", "train", "exporter", "pruner", "narrow", "export_narrow")
+    torch_column = ("networks", "data", "apply", "train", "exporter", "pruner", "narrow", "export_narrow", "origins")
     light = [name for name in modules(ROOT / PACKAGE) if name != "__init__" and not is_under(name, torch_column)]
     assert {"masks", "budget", "cli"} <= set(light)
     code = f"import importlib\nfor name in {light!r}:\n    importlib.import_module('{PACKAGE}.' + name)\n"
