@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from prune2deploy.apply import MaskKeeper, MergeKeeper, apply_masks, fold_offsets, set_weights, weights_of
-from prune2deploy.budget import Budget, Target, protect
+from prune2deploy.budget import Budget, Target, protect, resolve_floors
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups
 from prune2deploy.methods.base import Context, Method, PruneResult
+from prune2deploy.rounding import RoundTo, multiple_of
 from prune2deploy.slim import slim_file
 
 if TYPE_CHECKING:
@@ -65,9 +66,10 @@ class Pruner:
         example_inputs: a tensor, or the inputs of ``forward``, on any device; the first axis is the batch.
         method: such as ``prune2deploy.methods.CSGD(strength=3e-3)``.
         target: such as ``prune2deploy.Target(macs=0.5)``.
-        round_to: every tensor's width becomes a multiple of this, or stays full.
+        round_to: every tensor's width becomes a multiple of this, or of what a precision such as ``fp16`` wants, or
+            stays full.
         keep: fnmatch patterns of parameters whose layers stay whole.
-        floors: group id -> smallest width.
+        floors: group ids, or patterns of these or of parameters, to their smallest width: a number, or a share.
 
     Raises:
         InputError: if the network cannot be analysed, the target cannot be met, or the method trains in phases.
@@ -80,9 +82,9 @@ class Pruner:
         *,
         method: Method,
         target: Target,
-        round_to: int = 1,
+        round_to: RoundTo = 1,
         keep: Sequence[str] = (),
-        floors: Mapping[str, int] | None = None,
+        floors: Mapping[str, float] | None = None,
     ) -> None:
         name = type(method).__name__.lower()
         if method.phases:
@@ -91,8 +93,8 @@ class Pruner:
                 f"use 'p2d prune ... --method {name}', or call its fit()"
             )
         self.model, self.method, self.name = model, method, name
-        self.budget = Budget(target, round_to, floors or {})
         self.groups = protect(groups_of(model, example_inputs), keep)
+        self.budget = Budget(target, multiple_of(round_to), resolve_floors(self.groups, floors or {}))
         self._state = method.prepare(model, self.groups, self.budget)
         self._epoch = 0
         self._masking: MaskKeeper | None = None

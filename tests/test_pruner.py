@@ -176,8 +176,11 @@ def test_kept_layers_floors_and_rounding_hold() -> None:
     assert kept.masks[first].all()
     floored = p2d.Pruner(network(), EXAMPLE, floors={first: 7}, **options).finish()
     assert int(floored.masks[first].sum()) >= 7
-    rounded = p2d.Pruner(network(), EXAMPLE, round_to=4, **options).finish()
-    assert all(int(mask.sum()) % 4 == 0 for mask in rounded.masks.values())
+    shares = p2d.Pruner(network(), EXAMPLE, floors={"0.*": 0.75}, **options).finish()
+    assert int(shares.masks[first].sum()) >= 6
+    for round_to in (4, "tf32"):
+        rounded = p2d.Pruner(network(), EXAMPLE, round_to=round_to, **options).finish()
+        assert all(int(mask.sum()) % 4 == 0 for mask in rounded.masks.values())
 
 
 @pytest.mark.parametrize("wrong", [{}, {"macs": 0.5, "params": 0.5}, {"macs": 1.5}])
