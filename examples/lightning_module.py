@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Prune inside Lightning's training loop: the penalty in ``training_step``, the rest in three of its hooks.
 
-    pip install lightning
-    python examples/lightning_module.py --method l1 --epochs 3 -o slim.onnx
+pip install lightning
+python examples/lightning_module.py --method l1 --epochs 3 -o slim.onnx
 """
 
 import argparse

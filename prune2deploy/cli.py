@@ -145,9 +145,7 @@ def prune(
     weight_decay: Annotated[float, typer.Option(help="Of convolutions and linear layers.")] = 5e-4,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target that all classes get.")] = 0.0,
     ema: Annotated[float, typer.Option(help="Decay of a moving average of the weights, as 0.999; 0: none.")] = 0.0,
-    distill: Annotated[
-        bool, typer.Option("--distill", help="Fine-tune towards the dense network's answers.")
-    ] = False,
+    distill: Annotated[bool, typer.Option("--distill", help="Fine-tune towards the dense network's answers.")] = False,
     precision: Annotated[str, typer.Option(help="Of fine-tuning: fp32, bf16, or auto: bf16 where it pays.")] = "auto",
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write the epochs as TensorBoard's events.")

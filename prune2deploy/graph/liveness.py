@@ -46,7 +46,7 @@ def live_channels(
     """Return which positions can still change an output through a reader that cannot absorb them.
 
     ``forced`` are (node index, slot) pairs that count as needed even where their reader wants none of their positions;
-    ``risky`` are positions that count as live there. Without ``cut_constants`` what is constant is computed all the same.
+    ``risky`` are positions that count as live there. Without ``cut_constants`` what is constant is computed too.
     """
     facts = known.view.facts
     demands: dict[str, list[tuple[int, Demand]]] = {}

@@ -45,7 +45,7 @@ def refused(path: Path, module: nn.Module | None = None) -> str:
 
 def test_saved_weights_come_back_with_their_metadata(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    save_weights(small().to(memory_format=torch.channels_last), path, {"mean": "[0.5]", "std": "[0.25]"})
+    save_weights(small().to(memory_format=torch.channels_last).state_dict(), path, {"mean": "[0.5]", "std": "[0.25]"})
     module = blank()
     metadata = load_weights(module, path)
     assert equal(module, small())
@@ -56,7 +56,7 @@ def test_saved_weights_come_back_with_their_metadata(tmp_path: Path) -> None:
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
     metadata = {name: name for name in "abcdefgh"}
     for index in range(4):
-        save_weights(small(), tmp_path / f"{index}.safetensors", metadata)
+        save_weights(small().state_dict(), tmp_path / f"{index}.safetensors", metadata)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
@@ -64,7 +64,7 @@ def test_parameters_that_share_memory_are_not_written(tmp_path: Path) -> None:
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight
     with pytest.raises(InputError, match="untie"):
-        save_weights(tied, tmp_path / "w.safetensors")
+        save_weights(tied.state_dict(), tmp_path / "w.safetensors")
 
 
 def test_a_tied_parameter_may_be_stored_once(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_pickle_that_needs_code_is_refused_and_does_not_run_it(tmp_path: Path)
 
 def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    save_weights(small(8), path)
+    save_weights(small(8).state_dict(), path)
     message = refused(path)
     assert "'0.weight' is [8, 1, 3, 3] instead of [4, 1, 3, 3]" in message
     assert "and 4 more" in message
@@ -136,7 +136,7 @@ def test_a_file_without_a_state_dict_is_refused(document: object, tmp_path: Path
 @pytest.mark.parametrize("keep", [0, 3, 100, -50])
 def test_a_truncated_file_is_refused(suffix: str, keep: int, tmp_path: Path) -> None:
     path = tmp_path / f"w{suffix}"
-    save_weights(small(), path) if suffix == ".safetensors" else torch.save(small().state_dict(), path)
+    save_weights(small().state_dict(), path) if suffix == ".safetensors" else torch.save(small().state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
     message = refused(path)
     assert "fetch it again" in message
@@ -161,7 +161,7 @@ def test_missing_files_folders_and_other_suffixes_are_refused(tmp_path: Path) ->
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     module = small()
     module[0].weight.data[1, 0, 2, 2] = float("nan")
-    save_weights(module, tmp_path / "w.safetensors")
+    save_weights(module.state_dict(), tmp_path / "w.safetensors")
     assert "'0.weight'" in refused(tmp_path / "w.safetensors")
 
 
