@@ -7,7 +7,7 @@ from typing import Any
 from prune2deploy import comparison, figures
 from prune2deploy.figures import Figure
 from prune2deploy.files import write_bytes
-from prune2deploy.markup import Html, table, tag
+from prune2deploy.markup import Html, banner, card, figure_place, table, tag
 from prune2deploy.page import document
 
 
@@ -34,9 +34,12 @@ def write_comparison(found: Mapping[str, Any], out: Path) -> None:
         ),
         tag(
             "main",
-            *(_banner(text) for text in failed),
-            *(_figure("front", figure) for figure in drawn.values()),
-            _card("Methods", table(comparison.HEAD, [comparison.cells(row) for row in found["rows"]], numbers=True)),
+            *(banner("bad", "Failed. ", text) for text in failed),
+            *(
+                card("Accuracy and cost", "", figure_place(name, one["layout"]["height"]))
+                for name, one in drawn.items()
+            ),
+            card("Methods", "", table(comparison.HEAD, [comparison.cells(row) for row in found["rows"]], numbers=True)),
             *(_published(found["published"]) if found["published"] else []),
         ),
     ]
@@ -45,17 +48,4 @@ def write_comparison(found: Mapping[str, Any], out: Path) -> None:
 
 def _published(rows: list[Mapping[str, Any]]) -> list[Html]:
     cells = [comparison.published_cells(row) for row in rows]
-    return [_card("Published results, and ours", table(comparison.PUBLISHED_HEAD, cells, numbers=True))]
-
-
-def _figure(name: str, figure: Figure) -> Html:
-    place = tag("div", id=name, class_="figure", style=f"min-height:{figure['layout']['height']}px")
-    return _card("Accuracy and cost", place)
-
-
-def _card(title: str, content: Html) -> Html:
-    return tag("div", tag("h3", title), content, class_="card")
-
-
-def _banner(text: str) -> Html:
-    return tag("div", tag("strong", "Failed. "), text, class_="banner bad", role="status")
+    return [card("Published results, and ours", "", table(comparison.PUBLISHED_HEAD, cells, numbers=True))]

@@ -37,6 +37,33 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: boo
     return tag("div", tag("table", *parts, tag("tbody", *body)), class_="scroll")
 
 
+def card(title: str, note: str, *content: Html | None) -> Html:
+    """Return a titled box with a note (none if it is empty) and its content; what is None is left out."""
+    parts = [part for part in content if part is not None]
+    return tag("div", tag("h3", title), *([tag("p", note, class_="soft small")] if note else []), *parts, class_="card")
+
+
+def banner(kind: str, title: str, text: str) -> Html:
+    """Return a line that must not be overlooked; ``kind`` is ``good``, ``warn`` or ``bad``."""
+    return tag("div", tag("strong", title), text, class_=f"banner {kind}", role="status")
+
+
+def tile(label: str, value: str, note: str) -> Html:
+    """Return one number in large letters, with what it is."""
+    return tag(
+        "div",
+        tag("div", label, class_="soft small"),
+        tag("div", value, class_="value"),
+        tag("div", note, class_="soft small"),
+        class_="tile",
+    )
+
+
+def figure_place(identifier: str, height: int) -> Html:
+    """Return where the figure of that identifier will be drawn, as high as it will be (in pixels)."""
+    return tag("div", id=identifier, class_="figure", style=f"min-height:{height}px")
+
+
 def count_text(value: float | None) -> str:
     """Return a count in words: 950, 12,345, 1.23 M, 4.56 G."""
     if value is None:

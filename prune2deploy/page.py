@@ -11,7 +11,20 @@ from prune2deploy import figures
 from prune2deploy.figures import Figure
 from prune2deploy.files import write_bytes
 from prune2deploy.findings import Findings, caveats, wilson_interval, within_limit
-from prune2deploy.markup import Html, bytes_text, count_text, ms_text, percent_text, share_text, table, tag
+from prune2deploy.markup import (
+    Html,
+    banner,
+    bytes_text,
+    card,
+    count_text,
+    figure_place,
+    ms_text,
+    percent_text,
+    share_text,
+    table,
+    tag,
+    tile,
+)
 
 _RESULT = "This is a result, not a success."
 _WANTED = {
@@ -54,8 +67,7 @@ class _Part:
         """Return the place where a figure will be drawn."""
         identifier = f"{self.anchor}-{name}"
         self._drawn[identifier] = figure
-        height = f"min-height:{figure['layout']['height']}px"
-        return tag("div", id=identifier, class_="figure", style=height)
+        return figure_place(identifier, figure["layout"]["height"])
 
 
 def write_page(runs: Sequence[Path], out: Path) -> None:
@@ -162,39 +174,39 @@ def _run_part(part: _Part) -> Html:
 def _banners(found: Findings) -> Iterable[Html]:
     """Yield what must not be overlooked, in words."""
     if found.nothing_removed:
-        yield _banner("warn", f"Nothing was removed. {_RESULT}", "The graph is as large as the dense one.")
+        yield banner("warn", f"Nothing was removed. {_RESULT}", "The graph is as large as the dense one.")
     verdict = found.verdict
     if verdict is not None:
         kind, title = _VERDICTS[verdict["word"]]
-        yield _banner(kind, title, f"{_capital(verdict['explanation'])}.")
+        yield banner(kind, title, f"{_capital(verdict['explanation'])}.")
     elif not found.section("bench"):
-        yield _banner("none", "Latency was not measured.", "Nothing is claimed about speed; run p2d bench.")
+        yield banner("none", "Latency was not measured.", "Nothing is claimed about speed; run p2d bench.")
     else:
-        yield _banner("none", "One model was timed alone.", "Nothing is compared; give p2d bench a second model.")
+        yield banner("none", "One model was timed alone.", "Nothing is compared; give p2d bench a second model.")
     if found.disagreeing():
         names = ", ".join(str(one.get("name")) for one in found.disagreeing())
-        yield _banner("bad", "The outputs differ.", f"Beyond their limit: {names}. The graph must not be used.")
+        yield banner("bad", "The outputs differ.", f"Beyond their limit: {names}. The graph must not be used.")
     missing = [text for name, text in _WANTED.items() if not found.section(name)]
     if missing:
-        yield _banner("none", "Not in this report:", f"{_capital('; '.join(missing))}.")
+        yield banner("none", "Not in this report:", f"{_capital('; '.join(missing))}.")
 
 
 def _tiles(found: Findings) -> Html | None:
     tiles = []
     if found.ratio is not None:
         sides = f"{found.ratio['arm']} against {found.section('bench')['baseline']}"
-        tiles.append(_tile("Time", f"{found.ratio['ratio']:.3f}×", sides))
+        tiles.append(tile("Time", f"{found.ratio['ratio']:.3f}×", sides))
     for label, key in (("MACs", "macs"), ("Parameters", "parameters")):
         before, after = found.change(key)
         if before and after is not None:
-            tiles.append(_tile(label, share_text(after / before), f"{count_text(before)} → {count_text(after)}"))
+            tiles.append(tile(label, share_text(after / before), f"{count_text(before)} → {count_text(after)}"))
     sizes = found.section("slim").get("bytes")
     if sizes:
         change = f"{bytes_text(sizes['before'])} → {bytes_text(sizes['after'])}"
-        tiles.append(_tile("ONNX file", share_text(sizes["after"] / sizes["before"]), change))
+        tiles.append(tile("ONNX file", share_text(sizes["after"] / sizes["before"]), change))
     dense, last = found.top1("dense"), found.top1("last")
     if dense is not None and last is not None:
-        tiles.append(_tile("Top-1", f"{100 * (last - dense):+.2f} pts", _top1_change(found)))
+        tiles.append(tile("Top-1", f"{100 * (last - dense):+.2f} pts", _top1_change(found)))
     return tag("div", *tiles, class_="tiles") if tiles else None
 
 
@@ -219,23 +231,23 @@ def _latency(part: _Part) -> Html | None:
             f"Bar: 95 % interval over the rounds (pale dots). The control is '{bench['baseline']}' loaded a second "
             "time. Faster means: wholly left of the band and of the control."
         )
-        parts.append(_card("Against the baseline", note, part.figure("ratios", figure)))
+        parts.append(card("Against the baseline", note, part.figure("ratios", figure)))
     parts.append(_distribution(part, [one["arm"] for one in timings]))
     verdicts = tag("ul", *(tag("li", one["explanation"]) for one in bench.get("verdicts", [])))
     several = len(bench.get("verdicts", [])) > 1  # one alone is the headline already
-    numbers = _card("Latency", how, table(head, rows, numbers=True), verdicts if several else None)
+    numbers = card("Latency", how, table(head, rows, numbers=True), verdicts if several else None)
     return Html(tag("div", *parts, class_="pair") + numbers)
 
 
 def _distribution(part: _Part, arms: Sequence[str]) -> Html:
     bench = part.found.section("bench")
     if not part.found.has_samples_of(arms):
-        return _card("All runs", "The raw timings of this measurement are not in samples/bench.json: none are drawn.")
+        return card("All runs", "The raw timings of this measurement are not in samples/bench.json: none are drawn.")
     control = (bench.get("control_timing") or {}).get("arm")
     samples = {arm: part.found.samples[arm] for arm in arms}
     figure = figures.latency_shares(samples, bench["baseline"], control)
     note = "How many runs took at most so long; further left is faster. The slowest 2 % are off the picture."
-    return _card("All runs", note, part.figure("latency", figure))
+    return card("All runs", note, part.figure("latency", figure))
 
 
 def _widths(part: _Part) -> Html | None:
@@ -253,8 +265,8 @@ def _widths(part: _Part) -> Html | None:
     macs = figures.layer_bars(layers, "macs_before", "macs_after", "MACs of one sample")
     pair = tag(
         "div",
-        _card(f"Channels per layer{label}", note, part.figure("channels", channels)),
-        _card(f"MACs per layer{label}", note, part.figure("macs", macs)),
+        card(f"Channels per layer{label}", note, part.figure("channels", channels)),
+        card(f"MACs per layer{label}", note, part.figure("macs", macs)),
         class_="pair",
     )
     return Html(pair + tag("div", numbers, class_="card"))
@@ -264,7 +276,7 @@ def _accuracy(part: _Part) -> Html | None:
     prune = part.found.section("prune")
     accuracy = {key: value for key, value in (prune.get("accuracy") or {}).items() if value}
     if not accuracy:
-        return _card("Accuracy", "It was not measured in this run.") if prune else None
+        return card("Accuracy", "It was not measured in this run.") if prune else None
     rows = []
     for key in ("dense", "pruned", "finetuned"):
         if key in accuracy:
@@ -274,10 +286,10 @@ def _accuracy(part: _Part) -> Html | None:
     epochs = prune.get("finetune_epochs")
     note = f"Fine-tuned for {epochs} epoch(s)." if epochs else "Not fine-tuned."
     head = ["network", "top-1", "95 % interval (Wilson)", "images"]
-    parts = [_card("Accuracy", note, table(head, rows, numbers=True))]
+    parts = [card("Accuracy", note, table(head, rows, numbers=True))]
     if prune.get("history"):
         curve = figures.training_curve(prune["history"])
-        parts.append(_card("Fine-tuning", "", part.figure("training", curve)))
+        parts.append(card("Fine-tuning", "", part.figure("training", curve)))
     return tag("div", *parts, class_="pair")
 
 
@@ -300,12 +312,12 @@ def _proof(found: Findings) -> Html | None:
         removed = slim.get("removed_channels")
         tail = f"Operators left untouched for want of a rule: {opaque}." if opaque else "Every operator had a rule."
         parts.append(tag("p", f"{count_text(removed)} channels were removed. {tail}"))
-    return _card("Proof", "", *parts)
+    return card("Proof", "", *parts)
 
 
 def _warnings(found: Findings) -> Html | None:
     texts = [text for name in ("prune", "slim", "bench") for text in found.section(name).get("warnings", [])]
-    return _card("Warnings", "", tag("ul", *(tag("li", text) for text in texts))) if texts else None
+    return card("Warnings", "", tag("ul", *(tag("li", text) for text in texts))) if texts else None
 
 
 def _environment(found: Findings) -> Html | None:
@@ -314,39 +326,20 @@ def _environment(found: Findings) -> Html | None:
     rows = [(name, tag("code", value)) for name, value in _flat({**found.section("environment"), **bench})]
     if not rows:
         return None
-    return _card("Environment", "", tag("details", tag("summary", "Machine, versions, settings"), table([], rows)))
+    return card("Environment", "", tag("details", tag("summary", "Machine, versions, settings"), table([], rows)))
 
 
 def _repeat(found: Findings) -> Html:
     recipe = found.report.get("recipe")
     if recipe is None:
-        return _card("Repeat it", "There is no recipe.toml in this run's folder, so the command is not known.")
+        return card("Repeat it", "There is no recipe.toml in this run's folder, so the command is not known.")
     command = f"p2d run {shlex.quote(f'{found.name}/recipe.toml')} -o {shlex.quote(f'{found.name}-again')}"
-    return _card("Repeat it", "The recipe holds every setting.", tag("pre", command), tag("pre", recipe))
+    return card("Repeat it", "The recipe holds every setting.", tag("pre", command), tag("pre", recipe))
 
 
 def _footer(parts: Sequence[_Part]) -> str:
     versions = sorted({str((part.found.report.get("tool") or {}).get("version")) for part in parts})
     return f"Made by prune2deploy {', '.join(versions)}. This file needs no network."
-
-
-def _card(title: str, note: str, *content: Html | None) -> Html:
-    parts = [part for part in content if part is not None]
-    return tag("div", tag("h3", title), *([tag("p", note, class_="soft small")] if note else []), *parts, class_="card")
-
-
-def _banner(kind: str, title: str, text: str) -> Html:
-    return tag("div", tag("strong", title), text, class_=f"banner {kind}", role="status")
-
-
-def _tile(label: str, value: str, note: str) -> Html:
-    return tag(
-        "div",
-        tag("div", label, class_="soft small"),
-        tag("div", value, class_="value"),
-        tag("div", note, class_="soft small"),
-        class_="tile",
-    )
 
 
 def _top1_change(found: Findings) -> str:

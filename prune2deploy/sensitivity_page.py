@@ -1,13 +1,12 @@
 """The page of a sensitivity survey: what every group costs at every share removed, and the floors that follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prune2deploy import figures
-from prune2deploy.figures import Figure
 from prune2deploy.files import write_bytes
-from prune2deploy.markup import Html, count_text, percent_text, table, tag
+from prune2deploy.markup import Html, card, count_text, figure_place, percent_text, table, tag, tile
 from prune2deploy.page import document
 
 
@@ -40,18 +39,18 @@ def write_sensitivity(found: Mapping[str, Any], out: Path) -> None:
             "main",
             tag("p", " · ".join(f"{name} {value}" for name, value in facts) + f" · {norms}", class_="soft"),
             _tiles(found),
-            _card(
+            card(
                 "Accuracy over the share removed",
                 f"A line for every group, early ones blue, late ones orange. Dashed: {percent_text(least)}, the least "
                 "that a suggested floor may leave.",
-                _place("curves", drawn["curves"]),
+                figure_place("curves", drawn["curves"]["layout"]["height"]),
             ),
-            _card(
+            card(
                 "What is lost, in points of top-1",
                 "Groups in the order of the network. Point at a cell for its width.",
-                _place("map", drawn["map"]),
+                figure_place("map", drawn["map"]["layout"]["height"]),
             ),
-            _card("In numbers", _CAVEAT, table(head(found), rows(found), numbers=True)),
+            card("In numbers", _CAVEAT, table(head(found), rows(found), numbers=True)),
         ),
     ]
     write_bytes(out, document(body, drawn).encode())
@@ -88,21 +87,4 @@ def _tiles(found: Mapping[str, Any]) -> Html:
     if found["recalibrate"]:
         note = "what is pruned is held against it"
         tiles.insert(1, ("Top-1, norms anew", percent_text(found["reference"]["top1"]), note))
-    return tag("div", *(_tile(*tile) for tile in tiles), class_="tiles")
-
-
-def _tile(label: str, value: str, note: str) -> Html:
-    parts: Sequence[Html] = (
-        tag("div", label, class_="soft small"),
-        tag("div", value, class_="value"),
-        tag("div", note, class_="soft small"),
-    )
-    return tag("div", *parts, class_="tile")
-
-
-def _place(name: str, figure: Figure) -> Html:
-    return tag("div", id=name, class_="figure", style=f"min-height:{figure['layout']['height']}px")
-
-
-def _card(title: str, note: str, content: Html) -> Html:
-    return tag("div", tag("h3", title), tag("p", note, class_="soft small"), content, class_="card")
+    return tag("div", *(tile(*one) for one in tiles), class_="tiles")
