@@ -233,7 +233,7 @@ def masks_to_budget(
 
     Groups that are not prunable or have no scores are kept whole. Arguments and errors are those of `choose_widths`.
     """
-    held = _hold(
+    held = hold(
         groups, {group.id: "the method gives it no scores" for group in groups.prunable if group.id not in scores}
     )
     if ranking == "global":
@@ -264,7 +264,7 @@ def protect(groups: Groups, patterns: Iterable[str]) -> Groups:
         for group in groups.prunable:
             if _made_by(group, pattern):
                 reasons.setdefault(group.id, f"kept by --keep '{pattern}'")
-    return _hold(groups, reasons)
+    return hold(groups, reasons)
 
 
 def resolve_floors(groups: Groups, floors: Mapping[str, float]) -> dict[str, int]:
@@ -309,8 +309,8 @@ def _close(pattern: str, names: Iterable[str]) -> str:
     return ", ".join(get_close_matches(pattern.strip("*"), known, n=3, cutoff=0.3) or known[:3])
 
 
-def _hold(groups: Groups, reasons: Mapping[str, str]) -> Groups:
-    """Return the groups with those named in ``reasons`` not prunable."""
+def hold(groups: Groups, reasons: Mapping[str, str]) -> Groups:
+    """Return the groups with those named in ``reasons`` not prunable; those that were not before keep their reasons."""
     changed = (
         replace(group, kept_because=group.kept_because or reasons[group.id]) if group.id in reasons else group
         for group in groups.groups

@@ -25,7 +25,7 @@ from prune2deploy.methods.base import (
     plan_report,
 )
 from prune2deploy.methods.bn import BN
-from prune2deploy.methods.filters import producers
+from prune2deploy.methods.filters import in_scope
 from prune2deploy.methods.fpgm import FPGM
 from prune2deploy.methods.l1 import L1
 from prune2deploy.methods.l2 import L2
@@ -164,7 +164,7 @@ class AdaPruner(Method):
         found = [
             group
             for group in groups.prunable
-            if group.of_role("scale") and (self.scope == "all" or len(producers(weights, groups, group)) == 1)
+            if group.of_role("scale") and in_scope(weights, groups, group, self.scope)
         ]
         if groups.prunable and not found:
             raise InputError(

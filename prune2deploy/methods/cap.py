@@ -20,7 +20,7 @@ from prune2deploy.methods.base import (
     of_channels,
     plan_report,
 )
-from prune2deploy.methods.filters import producers
+from prune2deploy.methods.filters import in_scope
 from prune2deploy.methods.readers import Pruned, Reader, Watch, first_batches, is_watched
 from prune2deploy.methods.reconstruction import Moments, Reading, compensation, factor, inverse, removal_order, ridged
 from prune2deploy.methods.samples import columns, some_positions
@@ -116,7 +116,7 @@ class CaP(Method):
         return [
             group
             for group in groups.prunable
-            if group.of_role("reader") and (self.scope == "all" or len(producers(weights, groups, group)) == 1)
+            if group.of_role("reader") and in_scope(weights, groups, group, self.scope)
         ]
 
     def _widths(

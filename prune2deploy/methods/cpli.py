@@ -10,7 +10,7 @@ from prune2deploy.budget import Budget
 from prune2deploy.groups import Group, Groups
 from prune2deploy.masks import widths as widths_of
 from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, PruneResult, Range, Weights, plan_report
-from prune2deploy.methods.filters import producers
+from prune2deploy.methods.filters import in_scope
 from prune2deploy.methods.lessons import Lesson, Sight, study, teach
 from prune2deploy.methods.readers import Pruned, first_batches, is_watched
 from prune2deploy.methods.reconstruction import Lasso, weighted_least_squares, weighted_mean
@@ -131,7 +131,7 @@ class CPLI(Method):
             group
             for group in network.groups.prunable
             if any(is_watched(network.readers[member.parameter]) for member in group.of_role("reader"))
-            and (self.scope == "all" or len(producers(weights, network.groups, group)) == 1)
+            and in_scope(weights, network.groups, group, self.scope)
         ]
 
     def _teacher(self, network: Pruned, groups: Sequence[Group]) -> dict[str, Lesson]:

@@ -1,12 +1,12 @@
 """C-SGD: the channels of a cluster are trained until they are one, and then are merged without loss."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 
-from prune2deploy.budget import Budget
+from prune2deploy.budget import Budget, hold
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Group, Groups
 from prune2deploy.methods.base import (
@@ -269,9 +269,7 @@ class CSGD(Method):
                 return f"{len(makers)} layers make it, outside of the scope '{self.scope}'"
             return None
 
-        return replace(
-            groups, groups=tuple(replace(one, kept_because=one.kept_because or reason(one)) for one in groups.groups)
-        )
+        return hold(groups, {one.id: why for one in groups.groups if (why := reason(one)) is not None})
 
     def _clustered(self, weights: Weights, groups: Groups, group: Group, count: int) -> "Clusters":
         filters = of_channels(weights, producers(weights, groups, group)[0])

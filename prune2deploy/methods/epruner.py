@@ -21,7 +21,7 @@ from prune2deploy.methods.base import (
     named,
     of_channels,
 )
-from prune2deploy.methods.filters import producers, squared_distances
+from prune2deploy.methods.filters import in_scope, producers, squared_distances
 
 _PAPERS_PREFERENCE = 0.76
 """For ResNet-56 on CIFAR-10; what scores are taken at where nothing is searched."""
@@ -143,8 +143,7 @@ class EPruner(Method):
     def _distances(self, weights: Weights, groups: Groups) -> Distances:
         found = {}
         for group in groups.prunable:
-            made_by = producers(weights, groups, group)
-            if made_by and (self.scope == "all" or len(made_by) == 1):
+            if producers(weights, groups, group) and in_scope(weights, groups, group, self.scope):
                 found[group.id] = squared_distances(_rows(weights, group))
         return found
 

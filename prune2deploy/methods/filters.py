@@ -1,6 +1,7 @@
 """What methods measure of filters, one by one or by their distances, and which filters make a group."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
@@ -59,3 +60,8 @@ def producers(weights: Weights, groups: Groups, group: Group) -> list[Member]:
         for member in group.of_role("filter")
         if member.layer not in groups.layer_by_name or not is_depthwise(weights, groups.layer_by_name[member.layer])
     ]
+
+
+def in_scope(weights: Weights, groups: Groups, group: Group, scope: Literal["all", "inner"]) -> bool:
+    """Whether a method of that scope prunes the group; ``inner`` is what one layer makes, not a stage's output."""
+    return scope == "all" or len(producers(weights, groups, group)) == 1
