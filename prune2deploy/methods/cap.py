@@ -1,5 +1,6 @@
 """CaP: channels whose loss the readers' other inputs can make up for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, final
@@ -23,7 +24,7 @@ from prune2deploy.methods.base import (
 from prune2deploy.methods.filters import in_scope
 from prune2deploy.methods.readers import Pruned, Reader, Watch, first_batches, is_watched
 from prune2deploy.methods.reconstruction import Moments, Reading, compensation, factor, inverse, removal_order, ridged
-from prune2deploy.methods.samples import columns, some_positions
+from prune2deploy.methods.samples import columns, some_positions, some_windows
 from prune2deploy.silence import FoldPlace
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ class CaP(Method):
     a reconstruction:
 
         S = covariance of a reader's inputs + ridge,  H = S^-1
-        one channel:       E(i) = |W_i|^2 / H_ii
-        greedy step:       W <- W - W_i H_i. / H_ii,    H <- H - H_.i H_i. / H_ii
+        one channel:       E(i) = tr(W_i H_ii^-1 W_i^T)
+        greedy step:       W <- W - W_i H_ii^-1 H_i.,    H <- H - H_.i H_ii^-1 H_i.
         removed P, kept K: W_K <- W_K + W_P A,  A = S_PK S_KK^-1,   bias + sum over taps of (W - W') mean
 
-    One regression is shared by all taps of a kernel, and all positions of a flattened map; E is then a score, and exact
-    for 1x1 convolutions and linear layers. The constant goes to the norm behind the reader, else to its bias; where it
+    A channel is as many inputs as the kernel has taps (H_ii is a block), so that E is what the layer's outputs lose.
+    With ``taps="shared"`` it is one, with one regression for all taps: E is then a score, exact for 1x1 convolutions
+    and linear layers alone. So it is in any case for transposed convolutions, and for linear layers behind a flattened
+    map, whose positions share a regression. The constant goes to the norm behind the reader, else to its bias; where it
     has no place, the regression is one without a constant.
 
     Ours: a group's loss is the sum over its readers of E relative to the variance of their outputs; every reader has
@@ -60,6 +63,7 @@ class CaP(Method):
     Attributes:
         images: how many images are looked at; their labels are not.
         positions: how many positions of each map, at random; 0 takes all.
+        taps: ``own``: every tap of a kernel has its own regression, as large as kernels are; ``shared`` is faster.
         ridge: share of the mean variance that is added to every variance.
         step: largest share of a group's width that it may shed in one sweep of the search; 1 measures once.
         scope: ``all`` groups, or ``inner``: those that one layer makes.
@@ -71,6 +75,7 @@ class CaP(Method):
 
     images: Annotated[int, Range(low=1)] = 512
     positions: Annotated[int, Range(low=0)] = 64
+    taps: Literal["own", "shared"] = "own"
     ridge: Annotated[float, Range(low=1e-12, high=1)] = 1e-3
     step: Annotated[float, Range(low=0.01, high=1)] = 0.1
     scope: Literal["all", "inner"] = "all"
@@ -94,9 +99,9 @@ class CaP(Method):
             gone = group.size - widths[group.id]
             if gone:
                 measured = self._measure(network, [group])
-                bearing = readings(network, group, measured, self.ridge)
+                bearing = readings(network, group, measured)
                 order, losses = removal_order(bearing, np.arange(group.size), gone)
-                remove(network, group, order, measured, self.ridge)
+                remove(network, group, order, measured)
                 lost[group.id] = float(losses[-1])
         report = plan_report(groups, budget, network.kept) | {
             "ranking": budget.ranking or self.ranking,
@@ -141,7 +146,7 @@ class CaP(Method):
                 if fewer < width:
                     gone = curve.order[: width - fewer]
                     losses.setdefault(group, np.zeros(len(curve.losses)))[gone] = curve.losses[gone]
-                    remove(network, groups[group], gone, measured, self.ridge)
+                    remove(network, groups[group], gone, measured)
                     moved = True
         ends = (np.sort(curve.losses)[: len(curve.losses) - wanted[group]] for group, curve in curves.items())
         return wanted, {"sweeps": sweeps, "tolerance": max((float(end[-1]) for end in ends if len(end)), default=0.0)}
@@ -158,9 +163,7 @@ class CaP(Method):
         curves = {}
         for group in groups:
             losses = before.get(group.id, np.zeros(group.size)).copy()
-            order, added = removal_order(
-                readings(network, group, measured, self.ridge), np.flatnonzero(network.kept[group.id])
-            )
+            order, added = removal_order(readings(network, group, measured), np.flatnonzero(network.kept[group.id]))
             losses[order] = losses.max() + added
             curves[group.id] = _Curve(order, losses)
         return curves, measured
@@ -169,30 +172,45 @@ class CaP(Method):
         """Return the moments of what the groups' readers read now."""
         import torch
 
-        wanted: dict[str, dict[str, np.ndarray]] = {}
+        taps = {name: taps_of(reader) if self.taps == "own" else 1 for name, reader in network.readers.items()}
+        wanted: dict[str, dict[str, np.ndarray | None]] = {}
+        moments = {}
         for group in groups:
             for member in group.of_role("reader"):
-                reader = network.readers[member.parameter]
+                name, reader = member.parameter, network.readers[member.parameter]
                 if is_watched(reader):
                     flat = member.indices.shape[1] > 1 and not reader.refused
-                    inputs = columns_of(reader, network)
-                    wanted.setdefault(member.parameter, {})[_key(group, flat)] = member.indices if flat else inputs
-        measured = {
-            (name, key): Moments(*indices.shape) for name, own in wanted.items() for key, indices in own.items()
-        }
+                    shape = member.indices.shape if flat else (inputs_of(reader, network) * taps[name], 1)
+                    moments[name, _key(group, flat)] = Moments(*shape)
+                    wanted.setdefault(name, {})[_key(group, flat)] = member.indices if flat else None
         generator = torch.Generator().manual_seed(self.seed)
 
         def visit(name: str, owner: "nn.Module", values: "Tensor", _: int) -> None:
-            rows = some_positions(columns(owner, values), self.positions, generator).double().cpu().numpy()
+            if taps[name] > 1:
+                rows = some_windows(owner, values, self.positions, generator).flatten(1)
+            else:
+                rows = some_positions(columns(owner, values), self.positions, generator)
+            samples = rows.cpu().numpy()
             for key, indices in wanted[name].items():
-                measured[name, key].add(rows[:, indices])
+                moments[name, key].add(samples[:, :, None] if indices is None else samples[:, indices])
 
         Watch(network.module, [network.readers[name] for name in wanted], visit).run(network.batches)
-        return measured
+        return Measured(moments, taps, self.ridge)
 
 
-Measured = dict[tuple[str, str], Moments]
-"""(Weight, group) -> moments of a group's places in a flattened map; (weight, "") -> of all that a reader reads."""
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What readers read.
+
+    Attributes:
+        moments: (weight, group) -> of a group's places in a flattened map; (weight, "") -> of all that a reader reads.
+        taps: weight -> how many variables an input is.
+        ridge: as `CaP.ridge`.
+    """
+
+    moments: Mapping[tuple[str, str], Moments]
+    taps: Mapping[str, int]
+    ridge: float
 
 
 class _Curve(NamedTuple):
@@ -206,9 +224,16 @@ def _key(group: Group, flat: bool) -> str:
     return group.id if flat else ""
 
 
-def columns_of(reader: Reader, network: Pruned) -> np.ndarray:
-    """Return the indices of all inputs of a reader's module, [inputs, 1]."""
-    return np.arange(len(network.alive[reader.parameter]) * reader.blocks)[:, None]
+def taps_of(reader: Reader) -> int:
+    """Return how many inputs a channel is to a reader where every tap counts."""
+    if reader.refused or any(getattr(owner, "transposed", False) for owner in reader.owners):
+        return 1
+    return math.prod(getattr(reader.owners[0], "kernel_size", ()))
+
+
+def inputs_of(reader: Reader, network: Pruned) -> int:
+    """Return how many channels a reader's module reads."""
+    return len(network.alive[reader.parameter]) * reader.blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +241,12 @@ class Variables:
     """What a reader is regressed on when a group shrinks: what is left of its inputs.
 
     Attributes:
-        inputs: int [variables, places]: indices along the weight's input axis. One place, or those that a channel has
-            in a flattened map; then only the group's own channels are variables.
-        channels: int [channels]: the variable of each channel; of no meaning for those that are gone.
-        second: second moment with the ridge, [variables, variables]; covariance where a constant has a place.
-        mean: [variables, places].
+        inputs: int [inputs, places]: indices along the weight's input axis. One place, or those that a channel has in a
+            flattened map; then only the group's own channels are inputs.
+        channels: int [channels, taps]: the variables of each channel; of no meaning for those that are gone.
+        second: second moment with the ridge, [variables, variables]; covariance where a constant has a place. An input
+            is as many variables as the kernel has taps, or one that all of them share.
+        mean: [inputs, places, taps].
     """
 
     inputs: np.ndarray
@@ -229,30 +255,57 @@ class Variables:
     mean: np.ndarray
 
     @staticmethod
-    def of(network: Pruned, group: Group, member: Member, measured: Measured, ridge: float) -> "Variables":
+    def of(network: Pruned, group: Group, member: Member, measured: Measured) -> "Variables":
         """Return the variables of one reader of a group as things are now."""
         flat = member.indices.shape[1] > 1
-        moments = measured[member.parameter, _key(group, flat)]
+        moments, taps = measured.moments[member.parameter, _key(group, flat)], measured.taps[member.parameter]
         left = np.flatnonzero(network.kept[group.id] if flat else network.alive[member.parameter])
         inputs = member.indices[left] if flat else left[:, None]
         own = np.arange(group.size) if flat else member.indices[:, 0]
         centred = isinstance(network.readers[member.parameter].constant, FoldPlace)
-        second = ridged(moments.second(centred=centred)[np.ix_(left, left)], ridge)
-        return Variables(inputs, np.searchsorted(left, own), second, moments.mean[left])
+        places = _of_inputs(left, taps).ravel()
+        return Variables(
+            inputs,
+            _of_inputs(np.searchsorted(left, own), taps),
+            ridged(moments.second(centred=centred)[np.ix_(places, places)], measured.ridge),
+            moments.mean[places].reshape(*inputs.shape, taps),
+        )
+
+    def rows(self, weight: np.ndarray) -> np.ndarray:
+        """Return a weight [inputs, outputs, taps...] as [variables, rows]."""
+        own = weight[self.inputs]
+        own = np.moveaxis(own.reshape(*own.shape[:3], -1), 3, 1)  # [inputs, taps, places, outputs]
+        return np.asarray(own.reshape(len(self.second), -1))
+
+    def set_rows(self, weight: np.ndarray, rows: np.ndarray) -> None:
+        """Write rows, as `rows` gives them, into a weight."""
+        places, outputs, taps = self.inputs.shape[1], weight.shape[1], weight.shape[2:]
+        own = np.moveaxis(rows.reshape(len(self.inputs), -1, places, outputs), 1, 3)
+        weight[self.inputs] = own.reshape(len(self.inputs), places, outputs, *taps)
+
+    def constant(self, lost: np.ndarray) -> np.ndarray:
+        """Return what a weight [inputs, outputs, taps...] gives of the means, [outputs]."""
+        own = lost[self.inputs]
+        own = own.reshape(*own.shape[:3], -1)
+        return np.asarray(np.einsum("npot,npt->o", own, np.broadcast_to(self.mean, (*own.shape[:2], own.shape[3]))))
 
 
-def readings(network: Pruned, group: Group, measured: Measured, ridge: float) -> list[Reading]:
+def _of_inputs(inputs: np.ndarray, taps: int) -> np.ndarray:
+    """Return the variables of inputs, [inputs, taps]."""
+    return np.asarray(inputs[:, None] * taps + np.arange(taps))
+
+
+def readings(network: Pruned, group: Group, measured: Measured) -> list[Reading]:
     """Return how each reader of a group would bear its loss."""
     found = []
     for member in group.of_role("reader"):
         if network.readers[member.parameter].refused:
             found.append(_bare_reading(network, member, measured))
             continue
-        own = Variables.of(network, group, member, measured, ridge)
-        weight = network.by_input(member.parameter)[own.inputs][:, :, network.live_outputs(member.parameter)]
-        rows = weight.reshape(len(own.inputs), -1).T
+        own = Variables.of(network, group, member, measured)
+        rows = factor(own.rows(network.by_input(member.parameter)[:, network.live_outputs(member.parameter)]).T)
         unit = float(np.einsum("ri,ij,rj->", rows, own.second, rows, optimize=True))
-        found.append(Reading(factor(rows), inverse(own.second), own.channels, unit or 1.0))
+        found.append(Reading(rows, inverse(own.second), own.channels, unit or 1.0))
     return found
 
 
@@ -260,33 +313,32 @@ def _bare_reading(network: Pruned, member: Member, measured: Measured) -> Readin
     """Return a reader that is not compensated: a channel counts by its weights, and its mean square where known."""
     reader = network.readers[member.parameter]
     weight = np.moveaxis(network.weight(member.parameter), member.axis, 1)
-    moments = measured.get((member.parameter, ""))
+    moments = measured.moments.get((member.parameter, ""))
     if moments is not None:
         squares = np.diag(moments.second(centred=False)).reshape(reader.blocks, -1)
         by_output = np.repeat(np.sqrt(squares), len(weight) // reader.blocks, axis=0)  # [outputs, inputs of a block]
         weight = weight * by_output.reshape(*by_output.shape, *[1] * (weight.ndim - 2))
     rows = of_channels({"weight": weight}, replace(member, parameter="weight", axis=1)).T
     channels = len(member.indices)
-    return Reading(factor(rows), np.eye(channels), np.arange(channels), float((rows**2).sum()) or 1.0)
+    return Reading(factor(rows), np.eye(channels), np.arange(channels)[:, None], float((rows**2).sum()) or 1.0)
 
 
-def remove(network: Pruned, group: Group, gone: np.ndarray, measured: Measured, ridge: float) -> None:
+def remove(network: Pruned, group: Group, gone: np.ndarray, measured: Measured) -> None:
     """Mask channels in the copy, and give their readers the weights and the constant that make up for them best."""
     found = {}
     for member in group.of_role("reader"):
         if network.readers[member.parameter].refused:
             continue
-        own = Variables.of(network, group, member, measured, ridge)
-        removed = own.channels[gone]
-        kept = np.setdiff1d(np.arange(len(own.inputs)), removed)
+        own = Variables.of(network, group, member, measured)
+        removed = own.channels[gone].ravel()
+        kept = np.setdiff1d(np.arange(len(own.second)), removed)
         before = network.by_input(member.parameter)
+        rows = own.rows(before)
+        rows[kept] += compensation(own.second, removed, kept).T @ rows[removed]
+        rows[removed] = 0.0
         after = before.copy()
-        guess = compensation(own.second, removed, kept)
-        after[own.inputs[kept]] += np.tensordot(guess.T, before[own.inputs[removed]], 1)
-        after[own.inputs[removed]] = 0.0
-        lost = (before - after)[own.inputs]  # [variables, places, outputs, taps...]
-        lost = lost.reshape(*lost.shape[:3], -1).sum(axis=3)
-        found[member.parameter] = after, np.einsum("vpo,vp->o", lost, own.mean)
+        own.set_rows(after, rows)
+        found[member.parameter] = after, own.constant(before - after)
     network.silence(group, gone)
     for name, (after, constant) in found.items():
         network.replace_by_input(name, after)

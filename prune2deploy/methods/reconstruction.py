@@ -21,7 +21,7 @@ _RESIDUAL = 1e-12
 
 
 class Moments:
-    """Mean and second moment of variables, gathered batch by batch in float64.
+    """Mean and second moment of variables, gathered in float64 from batches, each multiplied in its own precision.
 
     Each batch is centred by its own mean and merged (Chan, Golub, LeVeque 1979), so large means cost no digits.
 
@@ -37,13 +37,12 @@ class Moments:
 
     def add(self, rows: np.ndarray) -> None:
         """Take in samples, [samples, variables, places]."""
-        values = np.asarray(rows, dtype=np.float64)
-        mean = values.mean(axis=0)
-        centred = np.moveaxis(values - mean, 1, 0).reshape(values.shape[1], -1)
+        mean = rows.mean(axis=0, dtype=np.float64)
+        centred = np.moveaxis(rows - mean.astype(rows.dtype), 1, 0).reshape(rows.shape[1], -1)
         shift = mean - self.mean
-        total = self.samples + len(values)
-        self._scatter += centred @ centred.T + shift @ shift.T * (self.samples * len(values) / total)
-        self.mean = self.mean + shift * (len(values) / total)
+        total = self.samples + len(rows)
+        self._scatter += centred @ centred.T + shift @ shift.T * (self.samples * len(rows) / total)
+        self.mean = self.mean + shift * (len(rows) / total)
         self.samples = total
 
     def second(self, *, centred: bool = True) -> np.ndarray:
@@ -86,7 +85,7 @@ class Reading:
     Attributes:
         rows: the weight, [rows, variables], or its triangular factor: only products of its columns count.
         inverse: of the variables' second moment, [variables, variables].
-        places: int [channels]: the variable that each channel of a group is.
+        places: int [channels, taps]: the variables that each channel of a group is.
         unit: what losses are counted in; above 0.
     """
 
@@ -96,17 +95,20 @@ class Reading:
     unit: float = 1.0
 
     def losses(self, channels: np.ndarray) -> np.ndarray:
-        """Return E(i) = |W_i|^2 / H_ii in the layer's unit, for these channels."""
+        """Return E(i) = tr(W_i H_ii^-1 W_i^T) in the layer's unit, for these channels; |W_i|^2 / H_ii for one tap."""
         at = self.places[channels]
-        return np.asarray((self.rows[:, at] ** 2).sum(axis=0) / self.inverse[at, at] / self.unit)
+        own = np.moveaxis(self.rows[:, at], 0, 2)  # [channels, taps, rows]
+        solved = np.linalg.solve(self.inverse[at[:, :, None], at[:, None, :]], own)
+        return np.asarray((own * solved).sum(axis=(1, 2)) / self.unit)
 
     def remove(self, channel: int) -> None:
-        """Take a channel's variable out, its weight moved to the others (the down-dates of optimal brain surgery)."""
+        """Take a channel's variables out, their weight moved to others (the down-dates of optimal brain surgery)."""
         at = self.places[channel]
-        share = self.inverse[at] / self.inverse[at, at]
-        self.rows -= np.outer(self.rows[:, at], share)
-        self.inverse -= np.outer(self.inverse[:, at], share)
-        self.inverse[at, :] = self.inverse[:, at] = 0.0  # as it is but for rounding: it is out of all that follows
+        share = np.linalg.solve(self.inverse[np.ix_(at, at)], self.inverse[at])
+        share[:, at] = np.eye(len(at))  # as it is but for rounding
+        self.rows -= self.rows[:, at] @ share
+        self.inverse -= self.inverse[:, at] @ share
+        self.inverse[at, :] = self.inverse[:, at] = 0.0  # here, too: they are out of all that follows
 
     def compacted(self, channels: np.ndarray) -> "Reading":
         """Return this without the variables of removed channels; ``channels`` are those left."""

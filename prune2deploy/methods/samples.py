@@ -1,5 +1,6 @@
 """Samples of what a layer reads and gives: its inputs at some positions, and the windows behind some outputs."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +47,15 @@ def take(values: "Tensor", chosen: "Tensor") -> "Tensor":
     return values.detach().gather(1, index).flatten(0, 1)
 
 
+def output_sizes(owner: Any, values: "Tensor") -> tuple[int, ...]:
+    """Return the sizes of what a convolution gives, without images and channels, for its input."""
+    kernel, stride, dilation = _geometry(owner)
+    return tuple(
+        (int(size) + sum(pad) - step * (taps - 1) - 1) // jump + 1
+        for size, pad, taps, jump, step in zip(values.shape[2:], _pads(owner), kernel, stride, dilation, strict=True)
+    )
+
+
 def windows(owner: "nn.Module", values: "Tensor", chosen: "Tensor") -> "Tensor":
     """Return what makes some outputs of a module: [images, positions, inputs, taps].
 
@@ -66,17 +76,28 @@ def windows(owner: "nn.Module", values: "Tensor", chosen: "Tensor") -> "Tensor":
     pads = [one for pair in reversed(_pads(owner)) for one in pair]
     padded = F.pad(values, pads, mode="constant" if mode == "zeros" else mode) if any(pads) else values
     places, rest, step = torch.zeros_like(chosen)[:, :, None], chosen, 1
+    outputs = output_sizes(owner, values)
     for axis in reversed(range(len(kernel))):  # from the axis whose neighbours lie side by side
-        size = int(padded.shape[2 + axis])
-        outputs = (size - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
         taps = torch.arange(kernel[axis], device=chosen.device) * dilation[axis]
-        along = (rest % outputs)[:, :, None] * stride[axis] + taps  # [images, positions, taps of the axis]
+        along = (rest % outputs[axis])[:, :, None] * stride[axis] + taps  # [images, positions, taps of the axis]
         places = (along[..., :, None] * step + places[..., None, :]).flatten(2)
-        rest, step = rest // outputs, step * size
+        rest, step = rest // outputs[axis], step * int(padded.shape[2 + axis])
     images, positions, count = places.shape
     flat = padded.flatten(2)
     found = flat.gather(2, places.view(images, 1, -1).expand(-1, flat.shape[1], -1))
     return found.view(images, flat.shape[1], positions, count).transpose(1, 2)
+
+
+def some_windows(owner: "nn.Module", values: "Tensor", count: int, generator: "torch.Generator") -> "Tensor":
+    """Return a convolution's `windows`, [images * positions, inputs, taps]: all, or ``count`` random ones per image."""
+    import torch
+
+    positions = math.prod(output_sizes(owner, values))
+    if 0 < count < positions:
+        chosen = torch.randint(positions, (len(values), count), generator=generator)
+    else:
+        chosen = torch.arange(positions).expand(len(values), positions)
+    return windows(owner, values, chosen.to(values.device)).flatten(0, 1)
 
 
 def _geometry(owner: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

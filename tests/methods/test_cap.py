@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from toy_groups import (
     TOYS,
@@ -196,6 +197,45 @@ def test_without_a_place_for_a_constant_the_regression_has_none() -> None:
     wanted = read @ net.conv2.weight[:, :, 0, 0].numpy().T
     best = np.linalg.lstsq(read[:, kept], wanted, rcond=None)[0]
     np.testing.assert_allclose(result.weights["conv2.weight"][:, kept, 0, 0], best.T, rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def test_every_tap_has_a_regression_of_its_own() -> None:
+    """The weights of a 3x3 reader are those of least squares on its windows; shared taps come less close."""
+    net, groups = randomise(Plain(nn.ReLU())).double(), plain_groups()
+    images = torch.cat([x for x, _ in batches((4, 3, 8, 8))])
+    read = F.unfold(net.activation(net.conv1(images)), 3, padding=1).transpose(1, 2).reshape(-1, 72).numpy()
+    wanted = read @ net.conv2.weight.flatten(1).numpy().T
+    errors = {}
+    for taps in ("own", "shared"):
+        method = CaP(positions=0, ridge=EXACT, taps=taps)
+        result = planned(net, groups, method, {"conv1": 5}, (4, 3, 8, 8))
+        kept = np.repeat(result.keep["conv1"], 9)
+        left = np.column_stack([read[:, kept], np.ones(len(read))])
+        best = np.linalg.lstsq(left, wanted, rcond=None)[0][:-1]
+        found = result.weights["conv2.weight"].reshape(6, -1)[:, kept].T
+        lost = wanted - read[:, kept] @ found
+        errors[taps] = float((lost - lost.mean(axis=0)).var(axis=0).sum())
+        assert np.allclose(found, best, rtol=1e-6, atol=1e-9) == (taps == "own")
+    assert errors["own"] < 0.95 * errors["shared"]
+
+
+@torch.no_grad()
+def test_the_score_of_a_3x3_reader_is_what_its_outputs_lose() -> None:
+    """E(i) relative to the variance of the outputs, for the channel that goes first; against least squares."""
+    net, groups = randomise(Plain(nn.ReLU())).double(), plain_groups()
+    data = batches((4, 3, 8, 8))
+    read = F.unfold(net.activation(net.conv1(torch.cat([x for x, _ in data]))), 3, padding=1)
+    rows = read.transpose(1, 2).reshape(-1, 72).numpy()
+    wanted = rows @ net.conv2.weight.flatten(1).numpy().T
+    scores = CaP(positions=0, ridge=EXACT).scores(weights_of(net), groups, Context(net, data))["conv1"]
+    losses = []
+    for channel in range(8):
+        left = np.column_stack([rows[:, np.repeat(np.arange(8) != channel, 9)], np.ones(len(rows))])
+        error = wanted - left @ np.linalg.lstsq(left, wanted, rcond=None)[0]
+        losses.append((error**2).sum() / ((wanted - wanted.mean(axis=0)) ** 2).sum())
+    assert np.argmin(scores) == np.argmin(losses)
+    assert scores.min() == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_what_is_redundant_goes_before_what_is_weak() -> None:

@@ -30,7 +30,7 @@ def correlated(samples: int, variables: int) -> np.ndarray:
 
 
 def reading(rows: np.ndarray, second: np.ndarray) -> Reading:
-    return Reading(rows.copy(), inverse(second), np.arange(len(second)))
+    return Reading(rows.copy(), inverse(second), np.arange(len(second))[:, None])
 
 
 # --- moments ----------------------------------------------------------------------------------------------------------
@@ -101,6 +101,24 @@ def test_down_dates_empty_the_removed_columns_and_give_the_others_the_closed_for
     np.testing.assert_allclose(state.inverse[np.ix_(kept, kept)], np.linalg.inv(second[np.ix_(kept, kept)]), rtol=1e-9)
 
 
+def test_a_channel_of_several_taps_goes_with_all_of_them() -> None:
+    """E(i) = tr(W_i H_ii^-1 W_i^T) with H_ii a block: the order is that of trying, the losses are E(P)."""
+    channels, taps = 7, 3
+    second, rows = np.cov(correlated(300, channels * taps).T), RNG.normal(size=(4, channels * taps))
+    places = np.arange(channels * taps).reshape(taps, channels).T
+    order, losses = removal_order([Reading(rows.copy(), inverse(second), places)], np.arange(channels), channels - 1)
+
+    def lost(removed: list[int]) -> float:
+        gone = places[removed].ravel()
+        return loss_after(rows, second, gone, np.setdiff1d(places, gone))
+
+    removed: list[int] = []
+    for channel, loss in zip(order, losses, strict=True):
+        removed.append(min(set(range(channels)) - set(removed), key=lambda c: lost([*removed, c])))
+        assert channel == removed[-1]
+        assert loss == pytest.approx(lost(removed), rel=1e-9)
+
+
 def test_independent_inputs_of_equal_variance_give_plain_deletion() -> None:
     """S = I: E(i) = |W_i|^2, nothing is compensated, and channels go by their norms."""
     rows = RNG.normal(size=(3, 6))
@@ -129,7 +147,9 @@ def test_the_greedy_order_is_that_of_trying_every_channel_also_when_matrices_are
     weights = [RNG.normal(size=(40, 24)), RNG.normal(size=(7, 30))]
     where = [np.arange(24), places]
     units = [2.0, 0.5]
-    own = [Reading(factor(w), inverse(s), p, u) for w, s, p, u in zip(weights, seconds, where, units, strict=True)]
+    own = [
+        Reading(factor(w), inverse(s), p[:, None], u) for w, s, p, u in zip(weights, seconds, where, units, strict=True)
+    ]
     order, losses = removal_order(own, np.arange(channels), 20)
 
     def lost(removed: list[int]) -> float:
