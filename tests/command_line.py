@@ -136,6 +136,12 @@ def walked(recipe: Path) -> Path:
     return recipe.parent / "run"
 
 
+def quick_bench(recipe: Path) -> Path:
+    """Let a run's recipe time its networks with few iterations; return it."""
+    recipe.write_text(recipe.read_text().replace("[bench]\n", "[bench]\niterations = 20\n"))
+    return recipe
+
+
 def small_network(folder: Path) -> str:
     """Write the small network into a folder; return its spec."""
     folder.mkdir(parents=True, exist_ok=True)

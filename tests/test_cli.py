@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer
-from command_line import DIGITS, ENVIRONMENT, ROOT, command, done, p2d, p2d_process, refused, small_network
+from command_line import DIGITS, ENVIRONMENT, ROOT, command, done, p2d, p2d_process, quick_bench, refused, small_network
 
 from prune2deploy import __version__, cli
 from prune2deploy.backends import BACKENDS
@@ -256,7 +256,7 @@ def test_prune_keeps_floors_by_pattern(tmp_path: Path) -> None:
     assert held["stem"] < free["stem"], "what the floors hold, the others pay"
     assert load_recipe(tmp_path / "floors" / "recipe.toml").floors == {"point.weight": 11, "l*": 0.9}
     again = tmp_path / "again"
-    done("run", tmp_path / "floors" / "recipe.toml", "-o", again)
+    done("run", quick_bench(tmp_path / "floors" / "recipe.toml"), "-o", again)
     assert pruned_widths(again) == held
 
 
@@ -277,7 +277,7 @@ def test_prune_takes_the_widths_of_another_run(tmp_path: Path) -> None:
     first, control = (load_masks(tmp_path / name / "masks.safetensors") for name in ("first", "control"))
     assert pruned_widths(tmp_path / "control") == pruned_widths(tmp_path / "first")
     assert any((first[group] != control[group]).any() for group in first), "the same widths, but other channels"
-    done("run", tmp_path / "control" / "recipe.toml", "-o", tmp_path / "again")
+    done("run", quick_bench(tmp_path / "control" / "recipe.toml"), "-o", tmp_path / "again")
     assert pruned_widths(tmp_path / "again") == pruned_widths(tmp_path / "first")
 
 

@@ -208,6 +208,7 @@ def test_a_second_call_runs_nothing_and_an_interrupted_one_goes_on(
     assert len(ran) == 6
 
 
+@pytest.mark.slow
 def test_trials_beside_each_other_give_the_same_results(compared: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, '["bn"]', 'controls = ["random"]')
     done("compare", recipe, "--jobs", 2, "--no-bench", "-o", tmp_path / "out")

@@ -163,6 +163,7 @@ def test_class_names_are_read_where_they_lie_beside_the_images(tmp_path: Path) -
     assert load_data(f"cifar10:{tmp_path / 'short'}").class_names == tuple("0123456789")
 
 
+@pytest.mark.slow
 def test_the_sheets_of_cifar10_hold_its_images_in_their_order(data_dir: Path) -> None:
     data = load_data(f"cifar10:{data_dir / 'cifar10'}")
     require_consistent(data)

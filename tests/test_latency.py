@@ -1,9 +1,10 @@
 """The comparison of latencies: its statistics on planned durations, and the real path through ONNX Runtime."""
 
+import gc
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ class PlannedBackend(AbstractBackend):
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_old_garbage() -> Iterator[None]:
+    """Every round collects garbage; what earlier tests have left in memory need not be gone through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def constant(milliseconds: float) -> Callable[[int, int], Callable[[int], float]]:

@@ -197,7 +197,7 @@ def test_classes_of_methods_are_found_by_name_and_others_are_not() -> None:
         _ = p2d.prunner
 
 
-@pytest.mark.parametrize("example", ["own_loop", "lightning_module"])
+@pytest.mark.parametrize("example", ["own_loop", pytest.param("lightning_module", marks=pytest.mark.slow)])
 def test_the_examples_end_with_a_verified_graph_and_an_accuracy_far_above_chance(example: str, tmp_path: Path) -> None:
     if example == "lightning_module":
         pytest.importorskip("lightning", reason="lightning is not installed")

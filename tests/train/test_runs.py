@@ -104,6 +104,7 @@ def test_resume_goes_on_with_the_last_epoch_and_ends_with_the_same_bits(
 CSGD = ('method = "csgd"', 'method_options = {epochs = 25, learning_rate = 0.1, strength = 0.02, merge = "anyway"}')
 
 
+@pytest.mark.slow
 def test_a_method_that_was_killed_while_it_trained_goes_on_too_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, 1, head=CSGD)
     kill_while_training(recipe, tmp_path / "run", "method")
@@ -118,6 +119,7 @@ def test_a_method_that_was_killed_while_it_trained_goes_on_too_and_ends_with_the
     assert sections[0]["accuracy"] == sections[1]["accuracy"]
 
 
+@pytest.mark.slow
 def test_what_a_method_trained_and_then_refused_to_choose_by_is_kept(tmp_path: Path) -> None:
     options = "method_options = {epochs = 4, learning_rate = 0.1, strength = 5.0, vector_strength = 1.0}"
     recipe = recipe_of(tmp_path, 1, head=('method = "csgd"', options))
@@ -327,6 +329,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_walk_the_whole_way_as_one_does(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, 2, "ema = 0.5")
     found = torchrun("run", recipe, "-o", tmp_path / "two", "--json")
