@@ -1,14 +1,13 @@
 """CaP: channels whose loss the readers' other inputs can make up for."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, final
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 
 from prune2deploy.budget import Budget, Ranking
-from prune2deploy.groups import Group, Groups, Member
+from prune2deploy.groups import Group, Groups
 from prune2deploy.masks import widths as widths_of
 from prune2deploy.methods.base import (
     NO_CONTEXT,
@@ -18,17 +17,12 @@ from prune2deploy.methods.base import (
     PruneResult,
     Range,
     Weights,
-    of_channels,
     plan_report,
 )
+from prune2deploy.methods.compensation import Measured, readings, remove
 from prune2deploy.methods.filters import in_scope
-from prune2deploy.methods.readers import Pruned, Reader, Watch, first_batches, is_watched
-from prune2deploy.methods.reconstruction import Moments, Reading, compensation, factor, inverse, removal_order, ridged
-from prune2deploy.methods.samples import columns, some_positions, some_windows
-from prune2deploy.silence import FoldPlace
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from prune2deploy.methods.readers import Pruned, first_batches
+from prune2deploy.methods.reconstruction import removal_order
 
 
 @final
@@ -153,7 +147,7 @@ class CaP(Method):
 
     def _curves(
         self, network: Pruned, weights: Weights, before: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, "_Curve"], "Measured"]:
+    ) -> tuple[dict[str, "_Curve"], Measured]:
         """Return in which order each group's channels would go with the losses, and what that was measured from.
 
         ``before`` has the losses of channels that are gone already.
@@ -168,49 +162,10 @@ class CaP(Method):
             curves[group.id] = _Curve(order, losses)
         return curves, measured
 
-    def _measure(self, network: Pruned, groups: Sequence[Group]) -> "Measured":
-        """Return the moments of what the groups' readers read now."""
-        import torch
-
-        taps = {name: taps_of(reader) if self.taps == "own" else 1 for name, reader in network.readers.items()}
-        wanted: dict[str, dict[str, np.ndarray | None]] = {}
-        moments = {}
-        for group in groups:
-            for member in group.of_role("reader"):
-                name, reader = member.parameter, network.readers[member.parameter]
-                if is_watched(reader):
-                    flat = member.indices.shape[1] > 1 and not reader.refused
-                    shape = member.indices.shape if flat else (inputs_of(reader, network) * taps[name], 1)
-                    moments[name, _key(group, flat)] = Moments(*shape)
-                    wanted.setdefault(name, {})[_key(group, flat)] = member.indices if flat else None
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def visit(name: str, owner: "nn.Module", values: "Tensor", _: int) -> None:
-            if taps[name] > 1:
-                rows = some_windows(owner, values, self.positions, generator).flatten(1)
-            else:
-                rows = some_positions(columns(owner, values), self.positions, generator)
-            samples = rows.cpu().numpy()
-            for key, indices in wanted[name].items():
-                moments[name, key].add(samples[:, :, None] if indices is None else samples[:, indices])
-
-        Watch(network.module, [network.readers[name] for name in wanted], visit).run(network.batches)
-        return Measured(moments, taps, self.ridge)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What readers read.
-
-    Attributes:
-        moments: (weight, group) -> of a group's places in a flattened map; (weight, "") -> of all that a reader reads.
-        taps: weight -> how many variables an input is.
-        ridge: as `CaP.ridge`.
-    """
-
-    moments: Mapping[tuple[str, str], Moments]
-    taps: Mapping[str, int]
-    ridge: float
+    def _measure(self, network: Pruned, groups: Sequence[Group]) -> Measured:
+        return Measured.of(
+            network, groups, own_taps=self.taps == "own", positions=self.positions, ridge=self.ridge, seed=self.seed
+        )
 
 
 class _Curve(NamedTuple):
@@ -218,128 +173,3 @@ class _Curve(NamedTuple):
 
     order: np.ndarray
     losses: np.ndarray
-
-
-def _key(group: Group, flat: bool) -> str:
-    return group.id if flat else ""
-
-
-def taps_of(reader: Reader) -> int:
-    """Return how many inputs a channel is to a reader where every tap counts."""
-    if reader.refused or any(getattr(owner, "transposed", False) for owner in reader.owners):
-        return 1
-    return math.prod(getattr(reader.owners[0], "kernel_size", ()))
-
-
-def inputs_of(reader: Reader, network: Pruned) -> int:
-    """Return how many channels a reader's module reads."""
-    return len(network.alive[reader.parameter]) * reader.blocks
-
-
-@dataclass(frozen=True, eq=False)
-class Variables:
-    """What a reader is regressed on when a group shrinks: what is left of its inputs.
-
-    Attributes:
-        inputs: int [inputs, places]: indices along the weight's input axis. One place, or those that a channel has in a
-            flattened map; then only the group's own channels are inputs.
-        channels: int [channels, taps]: the variables of each channel; of no meaning for those that are gone.
-        second: second moment with the ridge, [variables, variables]; covariance where a constant has a place. An input
-            is as many variables as the kernel has taps, or one that all of them share.
-        mean: [inputs, places, taps].
-    """
-
-    inputs: np.ndarray
-    channels: np.ndarray
-    second: np.ndarray
-    mean: np.ndarray
-
-    @staticmethod
-    def of(network: Pruned, group: Group, member: Member, measured: Measured) -> "Variables":
-        """Return the variables of one reader of a group as things are now."""
-        flat = member.indices.shape[1] > 1
-        moments, taps = measured.moments[member.parameter, _key(group, flat)], measured.taps[member.parameter]
-        left = np.flatnonzero(network.kept[group.id] if flat else network.alive[member.parameter])
-        inputs = member.indices[left] if flat else left[:, None]
-        own = np.arange(group.size) if flat else member.indices[:, 0]
-        centred = isinstance(network.readers[member.parameter].constant, FoldPlace)
-        places = _of_inputs(left, taps).ravel()
-        return Variables(
-            inputs,
-            _of_inputs(np.searchsorted(left, own), taps),
-            ridged(moments.second(centred=centred)[np.ix_(places, places)], measured.ridge),
-            moments.mean[places].reshape(*inputs.shape, taps),
-        )
-
-    def rows(self, weight: np.ndarray) -> np.ndarray:
-        """Return a weight [inputs, outputs, taps...] as [variables, rows]."""
-        own = weight[self.inputs]
-        own = np.moveaxis(own.reshape(*own.shape[:3], -1), 3, 1)  # [inputs, taps, places, outputs]
-        return np.asarray(own.reshape(len(self.second), -1))
-
-    def set_rows(self, weight: np.ndarray, rows: np.ndarray) -> None:
-        """Write rows, as `rows` gives them, into a weight."""
-        places, outputs, taps = self.inputs.shape[1], weight.shape[1], weight.shape[2:]
-        own = np.moveaxis(rows.reshape(len(self.inputs), -1, places, outputs), 1, 3)
-        weight[self.inputs] = own.reshape(len(self.inputs), places, outputs, *taps)
-
-    def constant(self, lost: np.ndarray) -> np.ndarray:
-        """Return what a weight [inputs, outputs, taps...] gives of the means, [outputs]."""
-        own = lost[self.inputs]
-        own = own.reshape(*own.shape[:3], -1)
-        return np.asarray(np.einsum("npot,npt->o", own, np.broadcast_to(self.mean, (*own.shape[:2], own.shape[3]))))
-
-
-def _of_inputs(inputs: np.ndarray, taps: int) -> np.ndarray:
-    """Return the variables of inputs, [inputs, taps]."""
-    return np.asarray(inputs[:, None] * taps + np.arange(taps))
-
-
-def readings(network: Pruned, group: Group, measured: Measured) -> list[Reading]:
-    """Return how each reader of a group would bear its loss."""
-    found = []
-    for member in group.of_role("reader"):
-        if network.readers[member.parameter].refused:
-            found.append(_bare_reading(network, member, measured))
-            continue
-        own = Variables.of(network, group, member, measured)
-        rows = factor(own.rows(network.by_input(member.parameter)[:, network.live_outputs(member.parameter)]).T)
-        unit = float(np.einsum("ri,ij,rj->", rows, own.second, rows, optimize=True))
-        found.append(Reading(rows, inverse(own.second), own.channels, unit or 1.0))
-    return found
-
-
-def _bare_reading(network: Pruned, member: Member, measured: Measured) -> Reading:
-    """Return a reader that is not compensated: a channel counts by its weights, and its mean square where known."""
-    reader = network.readers[member.parameter]
-    weight = np.moveaxis(network.weight(member.parameter), member.axis, 1)
-    moments = measured.moments.get((member.parameter, ""))
-    if moments is not None:
-        squares = np.diag(moments.second(centred=False)).reshape(reader.blocks, -1)
-        by_output = np.repeat(np.sqrt(squares), len(weight) // reader.blocks, axis=0)  # [outputs, inputs of a block]
-        weight = weight * by_output.reshape(*by_output.shape, *[1] * (weight.ndim - 2))
-    rows = of_channels({"weight": weight}, replace(member, parameter="weight", axis=1)).T
-    channels = len(member.indices)
-    return Reading(factor(rows), np.eye(channels), np.arange(channels)[:, None], float((rows**2).sum()) or 1.0)
-
-
-def remove(network: Pruned, group: Group, gone: np.ndarray, measured: Measured) -> None:
-    """Mask channels in the copy, and give their readers the weights and the constant that make up for them best."""
-    found = {}
-    for member in group.of_role("reader"):
-        if network.readers[member.parameter].refused:
-            continue
-        own = Variables.of(network, group, member, measured)
-        removed = own.channels[gone].ravel()
-        kept = np.setdiff1d(np.arange(len(own.second)), removed)
-        before = network.by_input(member.parameter)
-        rows = own.rows(before)
-        rows[kept] += compensation(own.second, removed, kept).T @ rows[removed]
-        rows[removed] = 0.0
-        after = before.copy()
-        own.set_rows(after, rows)
-        found[member.parameter] = after, own.constant(before - after)
-    network.silence(group, gone)
-    for name, (after, constant) in found.items():
-        network.replace_by_input(name, after)
-        network.add_constant(name, constant)
