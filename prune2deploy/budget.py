@@ -145,11 +145,19 @@ class Budget:
         for name, width in (self.widths or {}).items():
             group = groups.by_id.get(name)
             if group is None or not 1 <= width <= group.size or (width < group.size and not group.prunable):
-                reason = "is not there" if group is None else group.kept_because or f"has {group.size} channels"
-                raise InputError(f"group '{name}' cannot be given {width} channels: it {reason}; use this network's")
+                raise InputError(
+                    f"group '{name}' cannot be given {width} channels: {_misfit(group)}; take this network's widths"
+                )
             if group.prunable:
                 found[name] = width
         return found
+
+
+def _misfit(group: Group | None) -> str:
+    """Return why a group cannot have just any width."""
+    if group is None:
+        return "the network has no such group"
+    return f"it has {group.size}" if group.prunable else f"it cannot be pruned, since {group.kept_because}"
 
 
 def share(groups: Groups, kind: TargetKind, widths: Widths) -> float:

@@ -87,6 +87,7 @@ def export_narrow(
     about: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
     samples: Sequence[Tensor] = (),
+    prove: Callable[[nn.Module], object] = lambda _: None,
 ) -> NarrowNetwork:
     """Write ``weights.safetensors`` and ``narrow.json`` to a folder, once the network that they give is proved.
 
@@ -98,6 +99,7 @@ def export_narrow(
         about: further entries of ``narrow.json``: the spec of the network and its options.
         metadata: of ``weights.safetensors``.
         samples: further inputs to prove it on, of one input's batch.
+        prove: called with the narrow network before anything is written; raises if it is not as it should be.
 
     Raises:
         InputError: if the network cannot be exported, or its code hard-codes a width; the module is named.
@@ -114,6 +116,7 @@ def export_narrow(
         if all(node.op_type != "Split" for node in exported.model.graph.node):
             raise
         network, tensors, found = _attempt(source, factory, replace(code, chunks=False))  # split by a size, it may be
+    prove(network.module)
     save_weights(tensors, folder / WEIGHTS, metadata)
     write_json(folder / MANIFEST, {"schema_version": SCHEMA_VERSION, **(about or {}), **found})
     return network
@@ -195,12 +198,21 @@ def narrow_run(run: Path, task: Loaded, method: Method) -> None:
     about = {"network": recipe.network, **options, "mean": task.mean, "std": task.std, "method": added}
     metadata = {"network": recipe.network, "mean": json.dumps(task.mean), "std": json.dumps(task.std)}
     samples = [torch.from_numpy(array) for array in real_samples(task).values()]
+    agreement = 0.0
+
+    def prove(module: nn.Module) -> None:
+        nonlocal agreement
+        agreement = require_agreement(module, run / "slim.onnx", network.example_inputs)
+
     written = export_narrow(
-        network.module, network.example_inputs, factory, folder, about=about, metadata=metadata, samples=samples
+        *(network.module, network.example_inputs, factory, folder),
+        about=about,
+        metadata=metadata,
+        samples=samples,
+        prove=prove,
     )
     if added is not None:
         groups.save(folder / GROUPS)
-    agreement = require_agreement(written.module, run / "slim.onnx", network.example_inputs)
     report = read_report(run)
     narrow_section = {**written.to_json(), "slim_difference": agreement}
     update_section(run, "export", {**report["export"], "narrow": narrow_section})

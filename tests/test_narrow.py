@@ -669,6 +669,16 @@ def test_a_narrow_network_that_computes_something_else_is_never_written(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_written_where_a_further_proof_fails(tmp_path: Path) -> None:
+    def refuse(module: nn.Module) -> None:
+        assert isinstance(module, Plain)
+        raise VerifyError("not as the slim graph")
+
+    with pytest.raises(VerifyError, match="not as the slim graph"):
+        export_narrow(seeded(Plain), (IMAGES,), Plain, tmp_path, prove=refuse)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_run_of_an_onnx_file_has_no_torch_network(small: Path, tmp_path: Path) -> None:
     done("prune", small / "dense.onnx", "-o", tmp_path / "run", "--target", "macs=0.8")
     refused(p2d("export", tmp_path / "run", "--torch"), 2, "which has no PyTorch network")

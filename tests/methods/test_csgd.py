@@ -269,7 +269,9 @@ def test_the_inner_scope_leaves_the_output_of_a_stage_whole() -> None:
     groups = residual_groups()
     state = CSGD(scope="inner").prepare(randomise(Residual()), groups, Budget(Target("macs", 0.7)))
     assert state.merges.keys() == {"conv1"}
-    with pytest.raises(InputError, match="'stem' cannot be given 3 channels: it 2 layers make it"):
+    with pytest.raises(
+        InputError, match="'stem' cannot be given 3 channels: it cannot be pruned, since 2 layers make it"
+    ):
         CSGD(scope="inner").prepare(randomise(Residual()), groups, Budget(None, widths={"stem": 3}))
 
 
