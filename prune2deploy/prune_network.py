@@ -263,7 +263,7 @@ def _chosen(
             state = method.fit(module, groups, budget, task)
     with timed(seconds, "selection"):
         task.note(f"choosing channels by {recipe.method}")
-        context = Context(module, task.images(), task.holdout(), state)
+        context = Context(module, task.images(), task.holdout(), state, task.moved_images())
         return method.plan(weights_of(module), groups, budget, context)
 
 

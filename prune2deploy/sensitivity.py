@@ -222,7 +222,9 @@ def _scores(method: Method, loaded: Loaded, groups: Groups) -> Mapping[str, np.n
     recipe = loaded.recipe
     task = Task(loaded.data, loaded.mean, loaded.std, seed=recipe.seed, device=recipe.device)
     module = loaded.network.module.to(recipe.device)
-    return method.scores(weights_of(module), groups, Context(module, task.images(), task.holdout()))
+    return method.scores(
+        weights_of(module), groups, Context(module, task.images(), task.holdout(), moved=task.moved_images())
+    )
 
 
 def _begun(path: Path, loaded: Loaded, survey: Survey, trial: _Trial) -> dict[str, Any]:

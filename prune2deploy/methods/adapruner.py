@@ -140,7 +140,7 @@ class AdaPruner(Method):
         held_out = context.holdout if context.holdout is not None else images
         candidates, unusable = self._candidates(weights, groups, structure.widths)
         trials = {
-            name: _trial(module, groups, masks, islice(images, self.batches), held_out)
+            name: _trial(module, groups, masks, islice(context.norm_images, self.batches), held_out)
             for name, masks in candidates.items()
         }
         winner = max(trials, key=lambda name: (trials[name].top1, -trials[name].loss))

@@ -70,12 +70,19 @@ class Context:
             again, and gives the same every time.
         holdout: batches of held-out images, for choices that must not be made on what was trained on.
         state: what `Method.prepare` or `Method.fit` returned.
+        moved: ``images``, shifted and mirrored as in training.
     """
 
     module: "nn.Module | None" = None
     images: Iterable[Any] | None = None
     holdout: Iterable[Any] | None = None
     state: Any = None
+    moved: Iterable[Any] | None = None
+
+    @property
+    def norm_images(self) -> Iterable[Any]:
+        """What norms are measured on: moved images where there are some (`train.recalibrate` says why)."""
+        return self.moved if self.moved is not None else self.images or ()
 
     def network(self, method: str) -> "tuple[nn.Module, Iterable[Any]]":
         """Return the network and its images.

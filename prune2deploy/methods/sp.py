@@ -117,7 +117,7 @@ class SP(Method):
             stages,
             choices,
             state.order,
-            lambda: _first(images, self.batches),
+            lambda: _first(context.norm_images, self.batches),
             lambda: _first(held_out, self.batches),
         )
         found = best_widths(stages, losses, groups, budget.target)

@@ -1,7 +1,7 @@
 """What a method that trains is given: the data and the shared trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ class Task:
     def images(self, count: int | None = None, *, batch_size: int = BATCH) -> Batches:
         """Return training images with labels, neither shifted nor mirrored; all of them unless told."""
         return self._batches(self.data.train, count, batch_size, rest=False)
+
+    def moved_images(self, count: int | None = None, *, batch_size: int = BATCH) -> Batches:
+        """Return the images of `images`, moved as in training."""
+        return replace(self.images(count, batch_size=batch_size), flip=self.data.flip, pad=self.data.pad)
 
     def holdout(self, count: int | None = None, *, batch_size: int = BATCH) -> Batches:
         """Return held-out images with labels; all of them unless told."""

@@ -306,6 +306,20 @@ def test_norms_are_measured_anew_before_a_criterion_is_judged() -> None:
     assert result.report["holdout_top1"]["l1"] >= 0.95
 
 
+def test_norms_are_measured_on_images_that_are_moved_as_in_training() -> None:
+    """Here what is not moved is too bright by far: norms measured on it leave an accuracy of chance."""
+    net, groups, data = Planted("l1"), planted_groups(), signs_of_pixel_0()
+    bright = [(images + 30.0, labels) for images, labels in data[:2]]
+    tops = [
+        AdaPruner()
+        .plan(weights_of(net), groups, HALF, Context(net, bright, data[2:], moved=moved))
+        .report["holdout_top1"]
+        for moved in (data[:2], None)
+    ]
+    assert tops[0]["l1"] >= 0.95
+    assert tops[1]["l1"] <= 0.7
+
+
 def test_of_equal_accuracies_the_smaller_loss_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     net, groups, data = Planted("l1"), planted_groups(), signs_of_pixel_0()
     faint, loud = useful_channels("l1")[:2]

@@ -497,6 +497,17 @@ def plan(net: nn.Module, groups: Groups, budget: Budget, method: SP | None = Non
     return widths(result.keep), result.report
 
 
+def test_norms_are_measured_on_images_that_are_moved_as_in_training() -> None:
+    net, groups = randomise(Chain((8, 4, 8))), chain_groups((8, 4, 8))
+    data = [(x.float(), y) for x, y in batches()]
+    bright = [(x + 30.0, y) for x, y in data]
+    proxies = [
+        SP(epochs=0).plan(weights_of(net), groups, BUDGET, Context(net, first, data, moved=moved)).report["stages"]
+        for first, moved in ((data, None), (bright, data), (bright, None))
+    ]
+    assert proxies[0] == proxies[1] != proxies[2]
+
+
 @pytest.mark.parametrize("kind", NETS)
 def test_the_plan_is_the_cheapest_in_proxy_filled_until_no_channel_more_fits(kind: str) -> None:
     make, make_groups, sizes = NETS[kind]
