@@ -94,7 +94,7 @@ TABLE = {
     "prune_onnx": Row(ANY, names("numpy"), names("torch onnx")),
     "sensitivity": Row(ANY, names("numpy"), names("torch")),
     "pruner": Row(ANY, names("numpy torch")),
-    "cli": Row(("__init__", "errors", "ranks"), names("typer rich"), names("click"), ANY),
+    "cli": Row(("__init__", "errors", "ranks", "cli"), names("typer rich"), names("click"), ANY),
     "__main__": Row(("cli",)),
     "__init__": Row(lazy_internal=ANY),
 }
