@@ -6,9 +6,9 @@ import hashlib
 import json
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,13 +18,14 @@ from prune2deploy import comparison, pipeline
 from prune2deploy.budget import Target
 from prune2deploy.comparison import Trial
 from prune2deploy.environment import environment
-from prune2deploy.errors import DeviceError, InputError, P2DError, one_line
+from prune2deploy.errors import InputError, P2DError, one_line
 from prune2deploy.files import read_json, require_file, write_bytes, write_json
 from prune2deploy.masks import load_masks, widths
 from prune2deploy.methods import describe_options, load_method, method_class
 from prune2deploy.recipe import Recipe, Strict, Whole, first_problem, resolved
 from prune2deploy.report import read_report
 from prune2deploy.slim import Note
+from prune2deploy.workers import Cluster, OneByOne, Processes, Workers
 
 SCHEMA_VERSION = 1
 
@@ -121,11 +122,11 @@ def load_compare_recipe(path: Path) -> CompareRecipe:
     return recipe.model_copy(update={"recipe": resolved(recipe.recipe, path.parent)})
 
 
-def plan(recipe: CompareRecipe, finished: Mapping[str, Trial]) -> list[Planned]:
+def plan(recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Collection[str] = ()) -> list[Planned]:
     """Return all trials that are known by now: those of the methods, then the controls of those that finished.
 
     A control has the widths of the trial that it is held against, so that trials of equal widths share theirs, and a
-    trial of the L1 norm at a common share is its own.
+    trial of the L1 norm at a common share is its own. So a control waits for a method of its name to finish or fail.
     """
     trials = [
         Planned(f"{method}-{target}-s{seed}", _trial_recipe(recipe, method, target, seed), target, False)
@@ -134,12 +135,17 @@ def plan(recipe: CompareRecipe, finished: Mapping[str, Trial]) -> list[Planned]:
         for method in recipe.methods
     ]
     done = [finished[one.name] for one in trials if one.name in finished]
+    open_ = {
+        (one.recipe.method, one.target, one.recipe.seed)
+        for one in trials
+        if one.name not in finished and one.name not in failed
+    }
     controls: dict[str, Planned] = {}
     for trial in done:
         for control in recipe.controls:
             covered = comparison.control_of(trial) == control
             covered = covered or comparison.control_accuracy(trial, control, done) is not None
-            if trial["controls"] and not covered:
+            if trial["controls"] and not covered and (control, trial["target"], trial["seed"]) not in open_:
                 name = f"{control}-at-{trial['widths_key']}-s{trial['seed']}"
                 controls[name] = Planned(name, _control_recipe(recipe, control, trial), trial["target"], True)
     return trials + list(controls.values())
@@ -212,10 +218,6 @@ def trial_result(planned: Planned, run: Path) -> dict[str, Any]:
     }
 
 
-Workers = Callable[[Sequence[tuple[Planned, str, bool]]], Iterator[tuple[Planned, "dict[str, Any] | P2DError"]]]
-"""From (trial, run folder, whether to export) to each trial with its result or why it failed, as they finish."""
-
-
 def _attempt(planned: Planned, folder: str, graph: bool) -> dict[str, Any] | P2DError:
     try:
         return run_trial(planned, folder, graph=graph)
@@ -223,69 +225,10 @@ def _attempt(planned: Planned, folder: str, graph: bool) -> dict[str, Any] | P2D
         return error
 
 
-def _one_by_one(work: Sequence[tuple[Planned, str, bool]]) -> Iterator[tuple[Planned, dict[str, Any] | P2DError]]:
-    for planned, folder, graph in work:
-        yield planned, _attempt(planned, folder, graph)
-
-
-def _processes(jobs: int) -> Workers:
-    def run(work: Sequence[tuple[Planned, str, bool]]) -> Iterator[tuple[Planned, dict[str, Any] | P2DError]]:
-        import multiprocessing
-        from concurrent.futures import ProcessPoolExecutor, as_completed
-
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(_attempt, *one): one[0] for one in work}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-
-    return run
-
-
-def _cluster(address: str) -> Workers:
-    """Return workers on a ray cluster; the folder of the comparison must be one that all machines share."""
-
-    def run(work: Sequence[tuple[Planned, str, bool]]) -> Iterator[tuple[Planned, dict[str, Any] | P2DError]]:
-        ray = require_ray()
-        with _connected(ray, address):
-            remote = ray.remote(_attempt)
-            waiting = {}
-            for planned, folder, graph in work:
-                gpus = 1 if planned.recipe.device.startswith("cuda") else 0
-                task = remote.options(num_cpus=planned.recipe.threads or 1, num_gpus=gpus)
-                waiting[task.remote(planned, folder, graph)] = planned
-            while waiting:
-                (done, *_), _ = ray.wait(list(waiting), num_returns=1)
-                yield waiting.pop(done), ray.get(done)
-
-    return run
-
-
-def require_ray() -> Any:
-    """Return the module ``ray``.
-
-    Raises:
-        DeviceError: if it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise DeviceError("ray is not installed, which --ray needs; pip install 'prune2deploy[sweep]'") from error
-    return ray
-
-
-@contextmanager
-def _connected(ray: Any, address: str) -> Iterator[None]:
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise DeviceError(f"no ray cluster answers at '{address}' ({one_line(error, 120)}); start one") from error
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
+def _workers(recipe: Recipe, jobs: int, ray: str | None) -> Workers:
+    if ray:
+        return Cluster(ray, cpus=recipe.threads or 1, gpus=1 if recipe.device.startswith("cuda") else 0)
+    return OneByOne() if jobs == 1 else Processes(jobs)
 
 
 def compare(
@@ -314,30 +257,31 @@ def compare(
         InputError: if trials cannot be carried out; the others were, and the tables are of them.
         DeviceError: if ray or the backend is not there.
     """
-    workers = _cluster(ray) if ray else _one_by_one if jobs == 1 else _processes(jobs)
-    if ray:
-        require_ray()
-    with pipeline.locked(folder):
+    with pipeline.locked(folder), _workers(recipe.recipe, jobs, ray) as workers:
         failed: dict[str, P2DError] = {}
+        started: dict[str, Planned] = {}
+        graphs = {trial["graph"] for trial in _finished(folder).values()}
         while True:
             finished = _finished(folder)
-            known = plan(recipe, finished)
+            known = plan(recipe, finished, failed)
             _require_same(folder, known, finished)
-            todo = [one for one in known if one.name not in finished and one.name not in failed]
-            if not todo:
+            for one in known:
+                if one.name not in finished and one.name not in started:
+                    run = str(folder / "runs" / one.name)
+                    workers.submit(one.name, partial(_attempt, one, run, recipe.wants_graph(one)))
+                    started[one.name] = one
+            left = [name for name in started if name not in finished and name not in failed]
+            if not left:
                 break
-            graphs = {finished[one.name]["graph"] for one in known if one.name in finished}
-            note(f"{len(todo)} trials to run: {', '.join(one.name for one in todo[:3])}{' ...' * (len(todo) > 3)}")
-            work = [(one, str(folder / "runs" / one.name), recipe.wants_graph(one)) for one in todo]
-            for planned, outcome in workers(work):
-                if isinstance(outcome, P2DError):
-                    failed[planned.name] = outcome
-                else:
-                    _keep(folder, recipe, planned, outcome, graphs)
-                    finished = _finished(folder)
-                _write(folder, recipe, failed)
-                if on_trial is not None:
-                    on_trial(len([one for one in known if one.name in finished]), len(known))
+            note(f"{len(left)} trials to run: {', '.join(left[:3])}{' ...' * (len(left) > 3)}")
+            name, outcome = workers.next()
+            if isinstance(outcome, P2DError):
+                failed[name] = outcome
+            else:
+                _keep(folder, recipe, started[name], outcome, graphs)
+            _write(folder, recipe, failed)
+            if on_trial is not None:
+                on_trial(len(_finished(folder)), len(known))
         if bench:
             _time(folder, recipe, note)
         document = _write(folder, recipe, failed)

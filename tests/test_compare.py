@@ -10,7 +10,7 @@ import pytest
 from command_line import done, p2d, refused, small_network
 
 from prune2deploy import compare as comparing
-from prune2deploy import comparison
+from prune2deploy import comparison, workers
 from prune2deploy.compare import CompareRecipe, Planned, compare, load_compare_recipe, plan, portable
 from prune2deploy.errors import DeviceError
 from prune2deploy.recipe import Recipe
@@ -84,6 +84,16 @@ def test_trials_of_equal_widths_share_their_controls_and_a_uniform_l1_is_its_own
     assert all(one.recipe.widths == {"g": 4} for one in controls.values())
     assert controls["scratch-at-other-s0"].recipe.from_scratch
     assert not controls["l1-at-other-s0"].recipe.from_scratch
+
+
+def test_a_control_waits_for_the_method_of_its_name_which_may_be_it() -> None:
+    recipe = CompareRecipe(methods=("bn", "l1"), seeds=(0,), recipe=SHARED)
+    bn = next(one for one in plan(recipe, {}) if one.recipe.method == "bn")
+    trials = {bn.name: finished(bn.name, bn, "same")}
+    others = ["random-at-same-s0", "scratch-at-same-s0"]
+    assert [one.name for one in plan(recipe, trials) if one.control] == others
+    failed = [one.name for one in plan(recipe, trials, ["l1-macs=0.5-s0"]) if one.control]
+    assert failed == ["random-at-same-s0", "l1-at-same-s0", "scratch-at-same-s0"]
 
 
 def test_the_network_from_scratch_trains_as_long_as_method_and_fine_tuning_together() -> None:
@@ -232,7 +242,7 @@ def test_trials_on_a_ray_cluster_give_the_same_results(compared: Path, tmp_path:
 def test_without_ray_its_option_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DeviceError, match=r"ray is not installed.*prune2deploy\[sweep\]"):
-        comparing.require_ray()
+        workers.require_ray()
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

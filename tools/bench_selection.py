@@ -13,21 +13,19 @@ import copy
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from prune2deploy.apply import apply_masks, set_weights, weights_of
 from prune2deploy.budget import Budget, Target
-from prune2deploy.data import load_data
 from prune2deploy.environment import environment
 from prune2deploy.files import write_json
 from prune2deploy.groups import Groups
 from prune2deploy.masks import widths
 from prune2deploy.methods import METHODS, load_method, method_class
 from prune2deploy.methods.base import Context, PruneResult
-from prune2deploy.networks import load_network
+from prune2deploy.pipeline import load_task
 from prune2deploy.pruner import groups_of
+from prune2deploy.recipe import make_recipe
 from prune2deploy.train import Task, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,17 +49,15 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.5, help="share of the MACs that remains")
     still = [name for name, info in METHODS.items() if not (info.needs.trains_weights or method_class(name).phases)]
     parser.add_argument("--methods", nargs="+", default=still)
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--test-images", type=int, default=5000)
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "models" / "bench" / "selection.json")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)
-    network = load_network(options.network)
-    module = network.module
-    module.load_state_dict(load_file(options.weights))
-    data = load_data(options.data)
-    task = Task(data, data.mean, data.std)
-    groups = groups_of(module, network.example_inputs)
+    loaded = load_task(
+        make_recipe({"network": options.network, "weights": str(options.weights), "data": options.data, "threads": 1})
+    )
+    module, task = loaded.network.module, Task(loaded.data, loaded.mean, loaded.std)
+    groups = groups_of(module, loaded.network.example_inputs)
     context = Context(module, task.images(), task.holdout(), moved=task.moved_images())
     weights = weights_of(module)
 
@@ -81,7 +77,7 @@ def main() -> None:
     document = {
         "network": options.network,
         "target": options.target,
-        "dense_top1": evaluate(module, data.test, data.mean, data.std, limit=options.test_images).top1,
+        "dense_top1": evaluate(module, task.data.test, task.mean, task.std, limit=options.test_images).top1,
         "test_images": options.test_images,
         "threads": 1,
         "environment": environment(),

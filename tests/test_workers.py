@@ -1,0 +1,56 @@
+"""Workers: what they give back in which order, and that what has not begun is dropped."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from prune2deploy.errors import DeviceError
+from prune2deploy.workers import Cluster, OneByOne, Processes, Workers
+
+
+def test_one_by_one_runs_when_it_is_waited_for_in_the_order_of_submission() -> None:
+    ran: list[str] = []
+    with OneByOne() as workers:
+        for name in "abc":
+            workers.submit(name, partial(ran.append, name))
+        assert ran == []
+        assert workers.next() == ("a", None)
+        workers.submit("d", lambda: 4)
+        assert workers.next() == ("b", None)
+        assert ran == ["a", "b"]
+    assert not workers.waiting
+
+
+def test_processes_give_back_first_what_ends_first_and_drop_what_has_not_begun(tmp_path: Path) -> None:
+    with Processes(1) as workers:
+        workers.submit("first", partial(len, "four"))
+        assert workers.next() == ("first", 4)
+        for name in "abcdef":
+            workers.submit(name, partial(time.sleep, 0.3))
+        workers.submit("last", partial(Path.touch, tmp_path / "last"))
+    assert not (tmp_path / "last").exists()
+    with Processes(2) as workers:
+        workers.submit("slow", partial(time.sleep, 2))
+        workers.submit("quick", partial(len, "abc"))
+        assert workers.next() == ("quick", 3)
+        workers.submit("later", partial(len, "ab"))
+        assert workers.next() == ("later", 2)
+        assert workers.next() == ("slow", None)
+
+
+@pytest.mark.slow
+def test_a_cluster_does_so_too() -> None:
+    pytest.importorskip("ray")
+    with Cluster("local") as workers:
+        check: Workers = workers
+        check.submit("one", partial(len, "abc"))
+        check.submit("two", partial(len, "ab"))
+        assert {check.next(), check.next()} == {("one", 3), ("two", 2)}
+
+
+def test_a_cluster_that_does_not_answer_is_said() -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(DeviceError, match="no ray cluster answers at 'nonsense'"):
+        Cluster("nonsense")
