@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from prune2deploy import comparison, pipeline
+from prune2deploy import __version__, comparison, pipeline
 from prune2deploy.budget import Target
 from prune2deploy.comparison import Trial
 from prune2deploy.environment import environment
@@ -80,6 +80,12 @@ class Planned:
     recipe: Recipe
     target: str
     control: bool
+
+    @property
+    def run(self) -> str:
+        """The name of the trial's run: another recipe, or version, has another, so that an unfinished one goes on."""
+        text = f"{__version__} {self.recipe.model_dump_json()}"
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def is_result(self, document: Trial) -> bool:
         """Whether a finished trial is of exactly this recipe."""
@@ -177,7 +183,7 @@ def run_trial(planned: Planned, folder: str, *, graph: bool) -> dict[str, Any]:
     run = Path(folder)
     done = pipeline.finished_steps(run, planned.recipe)
     if "prune" not in done:
-        pipeline.prune(planned.recipe, run)
+        pipeline.prune(planned.recipe, run, resume=True)
     if graph and "slim" not in done:
         pipeline.export(run)
     return trial_result(planned, run)
@@ -267,7 +273,7 @@ def compare(
             _require_same(folder, known, finished)
             for one in known:
                 if one.name not in finished and one.name not in started:
-                    run = str(folder / "runs" / one.name)
+                    run = str(folder / "runs" / one.run)
                     workers.submit(one.name, partial(_attempt, one, run, recipe.wants_graph(one)))
                     started[one.name] = one
             left = [name for name in started if name not in finished and name not in failed]
@@ -307,7 +313,7 @@ def _require_same(folder: Path, known: Sequence[Planned], finished: Mapping[str,
 
 def _keep(folder: Path, recipe: CompareRecipe, planned: Planned, result: dict[str, Any], graphs: set[str]) -> None:
     """Write a finished trial, and the graphs to time where there are none of its widths yet."""
-    run = folder / "runs" / planned.name
+    run = folder / "runs" / planned.run
     if recipe.wants_graph(planned) and result["graph"] not in graphs:
         (folder / "graphs").mkdir(exist_ok=True)
         for source, name in (("dense", "dense"), ("slim", result["graph"])):

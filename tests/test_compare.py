@@ -14,6 +14,7 @@ from prune2deploy import comparison, workers
 from prune2deploy.compare import CompareRecipe, Planned, compare, load_compare_recipe, plan, portable
 from prune2deploy.errors import DeviceError
 from prune2deploy.recipe import Recipe
+from prune2deploy.train.loop import _Training
 
 
 def write_recipe(folder: Path, methods: str = '["l1", "bn", "taylor"]', *lines: str) -> Path:
@@ -216,6 +217,48 @@ def test_a_second_call_runs_nothing_and_an_interrupted_one_goes_on(
     assert len(ran) == len(set(ran)) == 4 + 2
     compare(recipe, tmp_path / "out", bench=False)
     assert len(ran) == 6
+
+
+def test_a_trial_that_was_interrupted_goes_on_after_its_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, '["l1"]', "controls = []")
+    path.write_text(path.read_text().replace("[0, 1]", "[0]").replace("epochs = 1", "epochs = 2"))
+    recipe = load_compare_recipe(path)
+    began: list[int] = []
+    epoch = _Training._epoch
+
+    def stopped_in_the_second(self: _Training, number: int) -> Any:
+        began.append(number)
+        if began == [1, 2]:
+            raise KeyboardInterrupt
+        return epoch(self, number)
+
+    monkeypatch.setattr(_Training, "_epoch", stopped_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, tmp_path / "out", bench=False)
+    compare(recipe, tmp_path / "out", bench=False)
+    assert began == [1, 2, 2]
+    compare(recipe, tmp_path / "whole", bench=False)
+    went_on, whole = (documents(tmp_path / name)["l1-macs=0.6-s0"] for name in ("out", "whole"))
+    assert went_on["accuracy"] == whole["accuracy"]
+    assert len(went_on["history"]) == 2
+
+
+@pytest.mark.slow
+def test_a_run_of_another_recipe_that_was_left_unfinished_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, '["l1"]', "controls = []")
+    recipe = load_compare_recipe(path)
+    epoch = _Training._epoch
+    monkeypatch.setattr(_Training, "_epoch", lambda self, number: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, tmp_path / "out", bench=False)
+    monkeypatch.setattr(_Training, "_epoch", epoch)
+    path.write_text(path.read_text().replace("learning_rate = 0.3", "learning_rate = 0.1"))
+    done("compare", path, "--no-bench", "-o", tmp_path / "out")
+    assert {trial["recipe"]["finetune"]["learning_rate"] for trial in documents(tmp_path / "out").values()} == {0.1}
 
 
 @pytest.mark.slow
