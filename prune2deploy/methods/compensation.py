@@ -57,7 +57,7 @@ class Measured:
                 rows = some_windows(owner, values, positions, generator).flatten(1)
             else:
                 rows = some_positions(columns(owner, values), positions, generator)
-            samples = rows.cpu().numpy()
+            samples = (rows if rows.dtype == torch.float64 else rows.float()).cpu().numpy()
             for key, indices in wanted[name].items():
                 moments[name, key].add(samples[:, :, None] if indices is None else samples[:, indices])
 
