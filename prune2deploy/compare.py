@@ -19,7 +19,7 @@ from prune2deploy.budget import Target
 from prune2deploy.comparison import Trial
 from prune2deploy.environment import environment
 from prune2deploy.errors import InputError, P2DError, one_line
-from prune2deploy.files import read_json, require_file, write_bytes, write_json
+from prune2deploy.files import read_json, require_file, write_bytes, write_json, write_with
 from prune2deploy.masks import load_masks, widths
 from prune2deploy.methods import describe_options, load_method, method_class
 from prune2deploy.recipe import Recipe, Strict, Whole, first_problem, resolved
@@ -266,9 +266,8 @@ def compare(
     with pipeline.locked(folder), _workers(recipe.recipe, jobs, ray) as workers:
         failed: dict[str, P2DError] = {}
         started: dict[str, Planned] = {}
-        graphs = {trial["graph"] for trial in _finished(folder).values()}
+        finished = _finished(folder)
         while True:
-            finished = _finished(folder)
             known = plan(recipe, finished, failed)
             _require_same(folder, known, finished)
             for one in known:
@@ -284,10 +283,11 @@ def compare(
             if isinstance(outcome, P2DError):
                 failed[name] = outcome
             else:
-                _keep(folder, recipe, started[name], outcome, graphs)
+                _keep(folder, recipe, started[name], outcome)
             _write(folder, recipe, failed)
+            finished = _finished(folder)
             if on_trial is not None:
-                on_trial(len(_finished(folder)), len(known))
+                on_trial(sum(one.name in finished for one in known), len(known))
         if bench:
             _time(folder, recipe, note)
         document = _write(folder, recipe, failed)
@@ -311,14 +311,13 @@ def _require_same(folder: Path, known: Sequence[Planned], finished: Mapping[str,
             )
 
 
-def _keep(folder: Path, recipe: CompareRecipe, planned: Planned, result: dict[str, Any], graphs: set[str]) -> None:
+def _keep(folder: Path, recipe: CompareRecipe, planned: Planned, result: dict[str, Any]) -> None:
     """Write a finished trial, and the graphs to time where there are none of its widths yet."""
-    run = folder / "runs" / planned.run
-    if recipe.wants_graph(planned) and result["graph"] not in graphs:
-        (folder / "graphs").mkdir(exist_ok=True)
-        for source, name in (("dense", "dense"), ("slim", result["graph"])):
-            shutil.copyfile(run / f"{source}.onnx", folder / "graphs" / f"{name}.onnx")
-        graphs.add(result["graph"])
+    graphs = {"dense": "dense", "slim": result["graph"]} if recipe.wants_graph(planned) else {}
+    for source, name in graphs.items():
+        path = folder / "graphs" / f"{name}.onnx"
+        if not path.exists():
+            write_with(path, partial(shutil.copyfile, folder / "runs" / planned.run / f"{source}.onnx"))
     write_json(folder / "trials" / f"{planned.name}.json", result)
 
 
