@@ -40,6 +40,7 @@ def rows(trials: Sequence[Trial], latencies: Mapping[str, Mapping[str, Any]]) ->
             "finetuned": _mean(one["accuracy"]["finetuned"] for one in own),
             "spread": _spread([one["accuracy"]["finetuned"] for one in own]),
             "selection_seconds": _mean(one["seconds"].get("selection") for one in own),
+            "training_seconds": _mean(one["seconds"].get("training") for one in own),
             "training_epochs": _mean(one["training_epochs"] for one in own),
             "finetune_epochs": own[0]["finetune_epochs"],
             "latency": next((latencies[one["graph"]] for one in own if one["graph"] in latencies), None),
@@ -127,7 +128,8 @@ HEAD = (
     "L1",
     "from scratch",
     "selection",
-    "trained",
+    "own training",
+    "epochs",
     "time",
 )
 """The columns of the table; the three controls have the method's own widths."""
@@ -148,6 +150,7 @@ def cells(row: Row) -> list[str]:
         _percent(row["l1_control"]),
         _percent(row["scratch_control"]),
         "–" if row["selection_seconds"] is None else f"{row['selection_seconds']:.2f} s",
+        "–" if row["training_seconds"] is None else f"{row['training_seconds']:,.0f} s",
         f"{row['training_epochs']:g} + {row['finetune_epochs']}"
         if row["training_epochs"]
         else str(row["finetune_epochs"]),
@@ -162,7 +165,8 @@ def markdown(found: Sequence[Row], published: Sequence[Row], trained: str) -> st
         "",
         f"Accuracies are top-1 on the test images, means over the seeds ± their sample deviation; {trained}. "
         "Random, L1 and from scratch are the controls at each method's own widths, with the same training. "
-        '"Trained" counts epochs (of the method + fine-tuning). Time is that of the slim graph, the dense one being 1.',
+        "Epochs are those that trained weights (in the method's own training + fine-tuning). Time is that of the slim "
+        "graph, the dense one being 1.",
     ]
     if published:
         lines += ["", _line(PUBLISHED_HEAD), _line(["---", *["--:"] * (len(PUBLISHED_HEAD) - 1)])]
