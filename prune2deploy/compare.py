@@ -147,8 +147,8 @@ def plan(recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Collectio
         if one.name not in finished and one.name not in failed
     }
     controls: dict[str, Planned] = {}
-    for trial in done:
-        for control in recipe.controls:
+    for control in recipe.controls:  # all of the first kind before any of the next: so they tell something soon
+        for trial in done:
             covered = comparison.control_of(trial) == control
             covered = covered or comparison.control_accuracy(trial, control, done) is not None
             if trial["controls"] and not covered and (control, trial["target"], trial["seed"]) not in open_:
