@@ -43,11 +43,11 @@ def main() -> None:
         plt.Line2D([], [], marker=marker, ls="", color="#5b6577", mfc="none", label=f"{name}, same widths")
         for marker, name in CONTROLS.values()
     ]
-    axes.legend(handles=handles, fontsize=8, loc="lower right", frameon=False)
+    axes.legend(handles=handles, fontsize=8, loc="upper left", frameon=False)
     epochs = document["finetune"]["epochs"]
     seeds = max(len(row["seeds"]) for row in rows)
     axes.set_title(
-        f"{document['network']}, {rows[0]['target']}, {epochs} epochs of fine-tuning, up to {seeds} seed(s)",
+        f"{document['network']}, {rows[0]['target']}, {epochs} epochs of fine-tuning, {seeds} seed{'s' * (seeds > 1)}",
         fontsize=10,
     )
     axes.grid(axis="x", color="#e7eaef")
