@@ -136,7 +136,7 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 def pareto_front(points: Sequence[tuple[str, float, float]], front: Sequence[int], cost: str) -> Figure:
     """Return accuracy over cost for (name, cost, accuracy), with a line through those that none beats in both."""
-    line = [points[index] for index in front]
+    line, places = [points[index] for index in front], name_places(points)
     traces = [
         {
             "type": "scatter",
@@ -153,14 +153,61 @@ def pareto_front(points: Sequence[tuple[str, float, float]], front: Sequence[int
             "showlegend": False,
             "x": [cost for _, cost, _ in points],
             "y": [100 * accuracy for _, _, accuracy in points],
-            "text": [escape(name) for name, _, _ in points],
-            "textposition": ["top center" if place % 2 else "bottom center" for place in range(len(points))],
+            "text": [escape(name) if place else "" for (name, _, _), place in zip(points, places, strict=True)],
+            "textposition": [place or "top center" for place in places],
+            "hovertext": [escape(name) for name, _, _ in points],
             "marker": {"size": 10, "color": [AFTER if i in front else _BASELINE for i in range(len(points))]},
-            "hovertemplate": "%{text}: %{y:.2f} % at %{x:.3f}<extra></extra>",
+            "hovertemplate": "%{hovertext}: %{y:.2f} % at %{x:.3f}<extra></extra>",
         },
     ]
     layout = _layout(460) | {"xaxis": _axis(title=cost), "yaxis": _axis(title="top-1 after fine-tuning, %")}
     return {"data": traces, "layout": layout}
+
+
+_PICTURE = (800.0, 330.0)
+"""About how many pixels points are spread over; a letter of their names has 7, a line 14, and a point 12."""
+
+_BESIDE = 45.0
+"""Pixels of the picture beside the outermost points."""
+
+_SIDES = {
+    "middle right": (1, 0),
+    "middle left": (-1, 0),
+    "top center": (0, 1),
+    "bottom center": (0, -1),
+    "top right": (1, 1),
+    "top left": (-1, 1),
+    "bottom right": (1, -1),
+    "bottom left": (-1, -1),
+}
+
+
+def name_places(points: Sequence[tuple[str, float, float]]) -> list[str | None]:
+    """Return on which side of each point (name, x, y) its name lies over no other name or point; None: on none."""
+
+    def pixels(values: Sequence[float], size: float) -> list[float]:
+        low, high = min(values, default=0.0), max(values, default=0.0)
+        return [size * (value - low) / ((high - low) or 1.0) for value in values]
+
+    across = pixels([x for _, x, _ in points], _PICTURE[0])
+    up = pixels([y for _, _, y in points], _PICTURE[1])
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in zip(across, up, strict=True)]
+    found: list[str | None] = []
+    for (name, _, _), x, y in zip(points, across, up, strict=True):
+        width = 7 * len(name)
+        for side, (right, top) in _SIDES.items():
+            left, low = x + 7 * right + width * (right - 1) / 2, y + 7 * top + 14 * (top - 1) / 2
+            box = (left, low, left + width, low + 14)
+            inside = left >= -_BESIDE and left + width <= _PICTURE[0] + _BESIDE
+            if inside and all(
+                box[2] <= other[0] or other[2] <= box[0] or box[3] <= other[1] or other[3] <= box[1] for other in taken
+            ):
+                taken.append(box)
+                found.append(side)
+                break
+        else:
+            found.append(None)
+    return found
 
 
 def sensitivity_curves(groups: Sequence[Mapping[str, Any]], dense: float, least: float) -> Figure:

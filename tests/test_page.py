@@ -437,3 +437,19 @@ def test_a_phone_need_not_scroll_sideways(tmp_path: Path, chromium: Any) -> None
     wide = re.search(r'data-wide="(\d+) (\d+)"', dom)
     assert wide is not None
     assert int(wide[1]) <= int(wide[2])
+
+
+def test_names_of_points_lie_over_no_other_and_one_without_room_is_left_out() -> None:
+    points = [("first", 0.5, 0.880), ("second", 0.5, 0.881), ("dense", 1.0, 0.917), ("low", 0.5, 0.83)]
+    assert figures.name_places(points) == ["middle right", "top center", "middle right", "middle right"]
+    crowd = [(f"method number {place}", 0.5, 0.88 + place * 1e-5) for place in range(9)]
+    places = figures.name_places([*crowd, ("dense", 1.0, 0.917), ("low", 0.5, 0.83)])
+    assert None in places[:9]
+    assert places[-1] is not None
+    assert not any(place and "left" in place for place in places[:9]), (
+        "a long name does not fit left of the first point"
+    )
+    shown = figures.pareto_front([*crowd, ("dense", 1.0, 0.917)], [0], "MACs")["data"][1]
+    assert len(shown["hovertext"]) == 10
+    assert "" in shown["text"]
+    assert figures.name_places([]) == []
