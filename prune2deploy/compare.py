@@ -260,9 +260,14 @@ def compare(
         on_trial: called with how many trials are done and known.
 
     Raises:
-        InputError: if trials cannot be carried out; the others were, and the tables are of them.
+        InputError: if network or data cannot be loaded; then nothing is written. If trials cannot be carried out; the
+            others were, and the tables are of them.
         DeviceError: if ray or the backend is not there.
     """
+    before = _finished(folder)
+    if any(one.name not in before for one in plan(recipe, before)):
+        note("loading the network and the data")
+        pipeline.load_task(recipe.recipe)  # what is wrong with them is wrong before anything is written
     with pipeline.locked(folder), _workers(recipe.recipe, jobs, ray) as workers:
         failed: dict[str, P2DError] = {}
         started: dict[str, Planned] = {}

@@ -324,6 +324,15 @@ def test_trials_of_another_recipe_are_not_mixed_into_the_table(compared: Path, t
     refused(p2d("compare", recipe, "--no-bench", "-o", tmp_path / "out"), 2, "l1-macs=0.6-s0", "another recipe")
 
 
+def test_data_that_are_not_there_are_said_before_anything_is_written(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, '["l1"]')
+    recipe.write_text(recipe.read_text().replace("[recipe]\n", '[recipe]\ndata = "cifar10:nowhere"\n'))
+    outcome = p2d("compare", recipe, "-o", tmp_path / "out")
+    refused(outcome, 2, "nowhere", "is not a folder")
+    assert "trials failed" not in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_trial_that_fails_is_named_and_the_others_are_finished(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, '["l1"]', "controls = []")
     recipe.write_text(recipe.read_text().replace('["macs=0.6"]', '["macs=0.0001", "macs=0.6"]'))
