@@ -47,7 +47,7 @@ def rows(trials: Sequence[Trial], latencies: Mapping[str, Mapping[str, Any]]) ->
         }
         for control in CONTROLS:
             row[f"{control}_control"] = _mean(control_accuracy(one, control, trials) for one in own)
-        row["beats_random"] = _beats(row["finetuned"], row["random_control"])
+        row["beats_random"] = None if method == "random" else _beats(row["finetuned"], row["random_control"])
         found.append(row)
     return found
 
