@@ -141,7 +141,7 @@ def plan(recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Collectio
         for method in recipe.methods
     ]
     done = [finished[one.name] for one in trials if one.name in finished]
-    open_ = {
+    unsettled = {
         (one.recipe.method, one.target, one.recipe.seed)
         for one in trials
         if one.name not in finished and one.name not in failed
@@ -151,8 +151,9 @@ def plan(recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Collectio
         for trial in done:
             covered = comparison.control_of(trial) == control
             covered = covered or comparison.control_accuracy(trial, control, done) is not None
-            if trial["controls"] and not covered and (control, trial["target"], trial["seed"]) not in open_:
-                name = f"{control}-at-{trial['widths_key']}-s{trial['seed']}"
+            name = f"{control}-at-{trial['widths_key']}-s{trial['seed']}"
+            waits = name not in finished and (control, trial["target"], trial["seed"]) in unsettled
+            if trial["controls"] and not covered and not waits:
                 controls[name] = Planned(name, _control_recipe(recipe, control, trial), trial["target"], True)
     return trials + list(controls.values())
 
@@ -260,42 +261,43 @@ def compare(
         on_trial: called with how many trials are done and known.
 
     Raises:
-        InputError: if network or data cannot be loaded; then nothing is written. If trials cannot be carried out; the
-            others were, and the tables are of them.
+        InputError: if network or data cannot be loaded here, where trials are to run here; then nothing is written. Or
+            if trials cannot be carried out; the others were, and the tables are of them.
         DeviceError: if ray or the backend is not there.
     """
-    before = _finished(folder)
-    if any(one.name not in before for one in plan(recipe, before)):
+    finished = _finished(folder)
+    if not ray and any(one.name not in finished for one in plan(recipe, finished)):
         note("loading the network and the data")
         pipeline.load_task(recipe.recipe)  # what is wrong with them is wrong before anything is written
-    with pipeline.locked(folder), _workers(recipe.recipe, jobs, ray) as workers:
+    workers = _workers(recipe.recipe, jobs, ray)
+    with pipeline.locked(folder), workers:
         failed: dict[str, P2DError] = {}
-        started: dict[str, Planned] = {}
+        running: dict[str, Planned] = {}
         finished = _finished(folder)
         while True:
             known = plan(recipe, finished, failed)
             _require_same(folder, known, finished)
             for one in known:
-                if one.name not in finished and one.name not in started:
+                if one.name not in finished and one.name not in failed and one.name not in running:
                     run = str(folder / "runs" / one.run)
                     workers.submit(one.name, partial(_attempt, one, run, recipe.wants_graph(one)))
-                    started[one.name] = one
-            left = [name for name in started if name not in finished and name not in failed]
-            if not left:
+                    running[one.name] = one
+            if not running:
                 break
-            note(f"{len(left)} trials to run: {', '.join(left[:3])}{' ...' * (len(left) > 3)}")
+            note(f"{len(running)} trials to run: {', '.join(list(running)[:3])}{' ...' * (len(running) > 3)}")
             name, outcome = workers.next()
+            planned = running.pop(name)
             if isinstance(outcome, P2DError):
                 failed[name] = outcome
             else:
-                _keep(folder, recipe, started[name], outcome)
-            _write(folder, recipe, failed)
+                _keep(folder, recipe, planned, outcome)
             finished = _finished(folder)
+            _write(folder, recipe, finished, failed)
             if on_trial is not None:
                 on_trial(sum(one.name in finished for one in known), len(known))
         if bench:
             _time(folder, recipe, note)
-        document = _write(folder, recipe, failed)
+        document = _write(folder, recipe, finished, failed)
     if failed:
         name, error = next(iter(failed.items()))
         raise InputError(f"{len(failed)} of {len(known)} trials failed, first '{name}': {one_line(error, 300)}")
@@ -354,10 +356,11 @@ def _latencies(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _write(folder: Path, recipe: CompareRecipe, failed: Mapping[str, P2DError]) -> dict[str, Any]:
+def _write(
+    folder: Path, recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Mapping[str, P2DError]
+) -> dict[str, Any]:
     from prune2deploy.comparison_page import write_comparison
 
-    finished = _finished(folder)
     known = [finished[one.name] for one in plan(recipe, finished) if one.name in finished]
     found = comparison.rows(known, _latencies(folder))
     published = comparison.published_rows(found, [one.model_dump() for one in recipe.published])

@@ -182,6 +182,14 @@ _SIDES = {
 }
 
 
+_Box = tuple[float, float, float, float]
+"""Left, lower, right and upper end."""
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
 def name_places(points: Sequence[tuple[str, float, float]]) -> list[str | None]:
     """Return on which side of each point (name, x, y) its name lies over no other name or point; None: on none."""
 
@@ -199,9 +207,7 @@ def name_places(points: Sequence[tuple[str, float, float]]) -> list[str | None]:
             left, low = x + 7 * right + width * (right - 1) / 2, y + 7 * top + 14 * (top - 1) / 2
             box = (left, low, left + width, low + 14)
             inside = left >= -_BESIDE and left + width <= _PICTURE[0] + _BESIDE
-            if inside and all(
-                box[2] <= other[0] or other[2] <= box[0] or box[3] <= other[1] or other[3] <= box[1] for other in taken
-            ):
+            if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 found.append(side)
                 break

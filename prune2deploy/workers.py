@@ -83,22 +83,26 @@ class Cluster(Workers):
     """Runs calls on a ray cluster, each with so many CPU cores and GPUs; they share a file system with this machine.
 
     Raises:
-        DeviceError: if ray is not installed, or no cluster answers.
+        DeviceError: if ray is not installed; on entering, if no cluster answers.
     """
 
     def __init__(self, address: str, *, cpus: int = 1, gpus: int = 0) -> None:
         self.ray = require_ray()
+        self.address = address
         self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         self.running: dict[Any, str] = {}
         self.is_ours = not self.ray.is_initialized()
-        if self.is_ours:
-            try:
-                where = None if address == "local" else address
+
+    def __enter__(self) -> Self:
+        """Connect, unless this process is connected already."""
+        where = None if self.address == "local" else self.address
+        try:
+            if self.is_ours:
                 self.ray.init(address=where, log_to_driver=False, include_dashboard=False)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise DeviceError(
-                    f"no ray cluster answers at '{address}' ({one_line(error, 120)}); start one"
-                ) from error
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            message = f"no ray cluster answers at '{self.address}' ({one_line(error, 120)}); start one"
+            raise DeviceError(message) from error
+        return self
 
     def __exit__(self, *error: object) -> None:
         """Cancel what is left, and let the cluster go."""

@@ -95,6 +95,9 @@ def test_a_control_waits_for_the_method_of_its_name_which_may_be_it() -> None:
     assert [one.name for one in plan(recipe, trials) if one.control] == others
     failed = [one.name for one in plan(recipe, trials, ["l1-macs=0.5-s0"]) if one.control]
     assert failed == ["random-at-same-s0", "l1-at-same-s0", "scratch-at-same-s0"]
+    control = next(one for one in plan(recipe, trials, ["l1-macs=0.5-s0"]) if one.name == "l1-at-same-s0")
+    ended = trials | {control.name: finished(control.name, control, "same")}
+    assert control.name in {one.name for one in plan(recipe, ended)}, "one that has finished stays in the table"
 
 
 def test_the_network_from_scratch_trains_as_long_as_method_and_fine_tuning_together() -> None:

@@ -10,6 +10,11 @@ from prune2deploy.errors import DeviceError
 from prune2deploy.workers import Cluster, OneByOne, Processes, Workers
 
 
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
 def test_one_by_one_runs_when_it_is_waited_for_in_the_order_of_submission() -> None:
     ran: list[str] = []
     with OneByOne() as workers:
@@ -32,11 +37,12 @@ def test_processes_give_back_first_what_ends_first_and_drop_what_has_not_begun(t
         workers.submit("last", partial(Path.touch, tmp_path / "last"))
     assert not (tmp_path / "last").exists()
     with Processes(2) as workers:
-        workers.submit("slow", partial(time.sleep, 2))
+        workers.submit("slow", partial(wait_for, tmp_path / "go"))
         workers.submit("quick", partial(len, "abc"))
         assert workers.next() == ("quick", 3)
         workers.submit("later", partial(len, "ab"))
         assert workers.next() == ("later", 2)
+        (tmp_path / "go").touch()
         assert workers.next() == ("slow", None)
 
 
@@ -52,5 +58,5 @@ def test_a_cluster_does_so_too() -> None:
 
 def test_a_cluster_that_does_not_answer_is_said() -> None:
     pytest.importorskip("ray")
-    with pytest.raises(DeviceError, match="no ray cluster answers at 'nonsense'"):
-        Cluster("nonsense")
+    with pytest.raises(DeviceError, match="no ray cluster answers at 'nonsense'"), Cluster("nonsense"):
+        pass
