@@ -131,8 +131,9 @@ def load_compare_recipe(path: Path) -> CompareRecipe:
 def plan(recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Collection[str] = ()) -> list[Planned]:
     """Return all trials that are known by now: those of the methods, then the controls of those that finished.
 
-    A control has the widths of the trial that it is held against, so that trials of equal widths share theirs, and a
-    trial of the L1 norm at a common share is its own. So a control waits for a method of its name to finish or fail.
+    A control has the widths of the trial that it is held against, so that trials of equal widths share theirs (from
+    scratch: if they trained equally long), and a trial of the L1 norm at a common share is its own. So a control waits
+    for a method of its name to finish or fail.
     """
     trials = [
         Planned(f"{method}-{target}-s{seed}", _trial_recipe(recipe, method, target, seed), target, False)
@@ -151,10 +152,12 @@ def plan(recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Collectio
         for trial in done:
             covered = comparison.control_of(trial) == control
             covered = covered or comparison.control_accuracy(trial, control, done) is not None
-            name = f"{control}-at-{trial['widths_key']}-s{trial['seed']}"
+            one = _control_recipe(recipe, control, trial)
+            length = f"-e{one.finetune.epochs}" if one.from_scratch else ""
+            name = f"{control}-at-{trial['widths_key']}{length}-s{trial['seed']}"
             waits = name not in finished and (control, trial["target"], trial["seed"]) in unsettled
             if trial["controls"] and not covered and not waits:
-                controls[name] = Planned(name, _control_recipe(recipe, control, trial), trial["target"], True)
+                controls[name] = Planned(name, one, trial["target"], True)
     return trials + list(controls.values())
 
 

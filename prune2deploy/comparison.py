@@ -53,10 +53,15 @@ def rows(trials: Sequence[Trial], latencies: Mapping[str, Mapping[str, Any]]) ->
 
 
 def control_accuracy(trial: Trial, control: str, trials: Iterable[Trial]) -> float | None:
-    """Return the accuracy after fine-tuning of a trial's control: the same widths, seed, network and training."""
+    """Return the accuracy after fine-tuning of a trial's control: the same widths, seed and fine-tuning.
+
+    The one from scratch trained as long as the trial's method and its fine-tuning did together.
+    """
+    wanted = (trial["widths_key"], trial["seed"], trial["finetune_epochs"])
+    if control == "scratch":
+        wanted = (*wanted[:2], trial["training_epochs"] + trial["finetune_epochs"])
     for one in trials:
-        same = (one["widths_key"], one["seed"]) == (trial["widths_key"], trial["seed"])
-        if same and control_of(one) == control:
+        if (one["widths_key"], one["seed"], one["finetune_epochs"]) == wanted and control_of(one) == control:
             accuracy: float | None = one["accuracy"]["finetuned"]
             return accuracy
     return None
@@ -164,7 +169,8 @@ def markdown(found: Sequence[Row], published: Sequence[Row], trained: str) -> st
     lines += [
         "",
         f"Accuracies are top-1 on the test images, means over the seeds ± their sample deviation; {trained}. "
-        "Random, L1 and from scratch are the controls at each method's own widths, with the same training. "
+        "Random, L1 and from scratch are the controls at each method's own widths: the first two with the same "
+        "fine-tuning, the last trained for as many epochs as the method and its fine-tuning together. "
         "Epochs are those that trained weights (in the method's own training + fine-tuning). Time is that of the slim "
         "graph, the dense one being 1.",
     ]

@@ -53,6 +53,7 @@ def finished(name: str, planned: Planned, key: str, **changes: Any) -> dict[str,
         "widths_key": key,
         "graph": key,
         "training_epochs": 0,
+        "finetune_epochs": recipe.finetune.epochs,
         "accuracy": {"dense": 0.9, "pruned": 0.5, "finetuned": 0.8},
     } | changes
 
@@ -79,11 +80,11 @@ def test_trials_of_equal_widths_share_their_controls_and_a_uniform_l1_is_its_own
     done_so_far = {name: finished(name, mains[name], key) for name, key in keys.items()}
     controls = {one.name: one for one in plan(recipe, done_so_far) if one.control}
     assert controls.keys() == {
-        *("random-at-same-s0", "scratch-at-same-s0"),
-        *("random-at-other-s0", "l1-at-other-s0", "scratch-at-other-s0"),
+        *("random-at-same-s0", "scratch-at-same-e2-s0"),
+        *("random-at-other-s0", "l1-at-other-s0", "scratch-at-other-e2-s0"),
     }
     assert all(one.recipe.widths == {"g": 4} for one in controls.values())
-    assert controls["scratch-at-other-s0"].recipe.from_scratch
+    assert controls["scratch-at-other-e2-s0"].recipe.from_scratch
     assert not controls["l1-at-other-s0"].recipe.from_scratch
 
 
@@ -91,22 +92,28 @@ def test_a_control_waits_for_the_method_of_its_name_which_may_be_it() -> None:
     recipe = CompareRecipe(methods=("bn", "l1"), seeds=(0,), recipe=SHARED)
     bn = next(one for one in plan(recipe, {}) if one.recipe.method == "bn")
     trials = {bn.name: finished(bn.name, bn, "same")}
-    others = ["random-at-same-s0", "scratch-at-same-s0"]
+    others = ["random-at-same-s0", "scratch-at-same-e2-s0"]
     assert [one.name for one in plan(recipe, trials) if one.control] == others
     failed = [one.name for one in plan(recipe, trials, ["l1-macs=0.5-s0"]) if one.control]
-    assert failed == ["random-at-same-s0", "l1-at-same-s0", "scratch-at-same-s0"]
+    assert failed == ["random-at-same-s0", "l1-at-same-s0", "scratch-at-same-e2-s0"]
     control = next(one for one in plan(recipe, trials, ["l1-macs=0.5-s0"]) if one.name == "l1-at-same-s0")
     ended = trials | {control.name: finished(control.name, control, "same")}
     assert control.name in {one.name for one in plan(recipe, ended)}, "one that has finished stays in the table"
 
 
 def test_the_network_from_scratch_trains_as_long_as_method_and_fine_tuning_together() -> None:
-    recipe = CompareRecipe(methods=("bn",), recipe=SHARED)
-    (main,) = plan(recipe, {})
-    trained = {main.name: finished(main.name, main, "k", training_epochs=5)}
-    controls = {one.name: one.recipe for one in plan(recipe, trained) if one.control}
-    assert controls["scratch-at-k-s0"].finetune.epochs == 7
-    assert controls["random-at-k-s0"].finetune.epochs == 2
+    recipe = CompareRecipe(methods=("csgd", "bn"), recipe=SHARED)
+    csgd, bn = plan(recipe, {})
+    trained = {csgd.name: finished(csgd.name, csgd, "k", training_epochs=5), bn.name: finished(bn.name, bn, "k")}
+    controls = {one.name: one for one in plan(recipe, trained) if one.control}
+    epochs = {name: one.recipe.finetune.epochs for name, one in controls.items()}
+    shared = {"random-at-k-s0": 2, "l1-at-k-s0": 2}
+    assert epochs == {**shared, "scratch-at-k-e7-s0": 7, "scratch-at-k-e2-s0": 2}, "equal widths, unequal training"
+    for name, one in controls.items():
+        trained[name] = finished(name, one, "k", accuracy={"dense": 0.9, "finetuned": epochs[name] / 10})
+    found = {name: comparison.control_accuracy(trained[name], "scratch", trained.values()) for name in trained}
+    assert (found[csgd.name], found[bn.name]) == (0.7, 0.2)
+    assert comparison.control_accuracy(trained[csgd.name], "random", trained.values()) == 0.2
 
 
 def test_a_dynamic_network_has_no_controls_of_its_widths() -> None:
