@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -57,10 +60,10 @@ class Processes(Workers):
     """Runs calls in processes of this machine, ``jobs`` at once."""
 
     def __init__(self, jobs: int) -> None:
-        import multiprocessing
         from concurrent.futures import Future, ProcessPoolExecutor
 
-        self.pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent)
         self.running: dict[Future[Any], str] = {}
 
     def __exit__(self, *error: object) -> None:
@@ -77,6 +80,20 @@ class Processes(Workers):
 
         done = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
         return self.running.pop(done), done.result()
+
+
+def _end_with_parent() -> None:
+    """End this process with the one that began it: a killed comparison's trials would go on, with their runs locked."""
+    from multiprocessing.connection import wait
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Cluster(Workers):

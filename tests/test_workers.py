@@ -1,5 +1,9 @@
 """Workers: what they give back in which order, and that what has not begun is dropped."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -44,6 +48,50 @@ def test_processes_give_back_first_what_ends_first_and_drop_what_has_not_begun(t
         assert workers.next() == ("later", 2)
         (tmp_path / "go").touch()
         assert workers.next() == ("slow", None)
+
+
+KILLED = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+from prune2deploy.workers import Processes
+
+def work(path):
+    Path(path).write_text(str(os.getpid()))
+    os.replace(path, path + ".pid")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with Processes(1) as workers:
+        workers.submit("long", partial(work, sys.argv[1]))
+        workers.next()
+"""
+
+
+def is_running(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait for whom it fell to to collect it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the state of processes from /proc")
+def test_processes_end_with_the_one_that_began_them_even_if_it_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "at")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as parent:
+        wait_for(tmp_path / "at.pid")
+        worker = int((tmp_path / "at.pid").read_text())
+        assert is_running(worker)
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = is_running(worker)
+    if left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
 
 
 @pytest.mark.slow
