@@ -15,6 +15,11 @@ from prune2deploy.errors import DeviceError, one_line
 Call = Callable[[], Any]
 """For processes and clusters it can be pickled."""
 
+_KILLED = (
+    "a process that ran a trial was killed, most often for want of memory; the same command goes on from there, "
+    "with fewer {fewer} if memory was short"
+)
+
 
 class Workers(ABC):
     """Runs calls, some at once, and gives what they return as they finish; a context, which drops those not begun."""
@@ -33,7 +38,11 @@ class Workers(ABC):
 
     @abstractmethod
     def next(self) -> tuple[str, Any]:
-        """Wait for a call that was submitted to end, each once; return its name and what it returned."""
+        """Wait for a call that was submitted to end, each once; return its name and what it returned.
+
+        Raises:
+            DeviceError: if the process that ran it was killed, for want of memory, say.
+        """
 
 
 class OneByOne(Workers):
@@ -77,9 +86,13 @@ class Processes(Workers):
     def next(self) -> tuple[str, Any]:
         """Wait for the next call that ends."""
         from concurrent.futures import FIRST_COMPLETED, wait
+        from concurrent.futures.process import BrokenProcessPool
 
         done = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
-        return self.running.pop(done), done.result()
+        try:
+            return self.running.pop(done), done.result()
+        except BrokenProcessPool as error:
+            raise DeviceError(_KILLED.format(fewer="--jobs")) from error
 
 
 def _end_with_parent() -> None:
@@ -135,7 +148,11 @@ class Cluster(Workers):
     def next(self) -> tuple[str, Any]:
         """Wait for the next call that ends."""
         (done, *_), _ = self.ray.wait(list(self.running), num_returns=1)
-        return self.running.pop(done), self.ray.get(done)
+        ends = self.ray.exceptions
+        try:
+            return self.running.pop(done), self.ray.get(done)
+        except (ends.WorkerCrashedError, ends.OutOfMemoryError, ends.NodeDiedError) as error:
+            raise DeviceError(_KILLED.format(fewer="trials at once")) from error
 
 
 def _called(call: Call) -> Any:

@@ -50,6 +50,13 @@ def test_processes_give_back_first_what_ends_first_and_drop_what_has_not_begun(t
         assert workers.next() == ("slow", None)
 
 
+def test_a_process_that_was_killed_is_said() -> None:
+    with Processes(1) as workers:
+        workers.submit("killed", partial(os._exit, 9))
+        with pytest.raises(DeviceError, match="was killed, most often for want of memory"):
+            workers.next()
+
+
 KILLED = """
 import os, sys, time
 from functools import partial
@@ -102,6 +109,9 @@ def test_a_cluster_does_so_too() -> None:
         check.submit("one", partial(len, "abc"))
         check.submit("two", partial(len, "ab"))
         assert {check.next(), check.next()} == {("one", 3), ("two", 2)}
+        check.submit("killed", partial(os._exit, 9))
+        with pytest.raises(DeviceError, match="was killed, most often for want of memory"):
+            check.next()
 
 
 def test_a_cluster_that_does_not_answer_is_said() -> None:
