@@ -40,11 +40,12 @@ class CaP(Method):
         greedy step:       W <- W - W_i H_ii^-1 H_i.,    H <- H - H_.i H_ii^-1 H_i.
         removed P, kept K: W_K <- W_K + W_P A,  A = S_PK S_KK^-1,   bias + sum over taps of (W - W') mean
 
-    A channel is as many inputs as the kernel has taps (H_ii is a block), so that E is what the layer's outputs lose.
-    With ``taps="shared"`` it is one, with one regression for all taps: E is then a score, exact for 1x1 convolutions
-    and linear layers alone. So it is in any case for transposed convolutions, and for linear layers behind a flattened
-    map, whose positions share a regression. The constant goes to the norm behind the reader, else to its bias; where it
-    has no place, the regression is one without a constant.
+    A channel is as many inputs as the kernel has taps (H_ii is a block), so that E is what the layer's outputs lose;
+    times its places, where grouped convolutions tie filters to each other. With ``taps="shared"`` a place is one input,
+    with one regression for all taps: E is then a score, exact for 1x1 convolutions and linear layers alone. So it is in
+    any case for transposed convolutions, and for linear layers behind a flattened map, where the positions of a place
+    share a regression. The constant goes to the norm behind the reader, else to its bias; where it has no place, the
+    regression is one without a constant.
 
     Ours: a group's loss is the sum over its readers of E relative to the variance of their outputs; every reader has
     its own regression, on all its inputs that are left (also those of other groups). The search measures the whole

@@ -23,7 +23,8 @@ class Measured:
     """What readers read.
 
     Attributes:
-        moments: (weight, group) -> of a group's places in a flattened map; (weight, "") -> of all that a reader reads.
+        moments: (weight, group) -> of what a linear layer reads of a group's flattened map (`spread`); (weight, "") ->
+            of all that a reader reads.
         taps: weight -> how many variables an input is.
         ridge: share of the mean variance that is added to every variance.
     """
@@ -46,10 +47,10 @@ class Measured:
             for member in group.of_role("reader"):
                 name, reader = member.parameter, network.readers[member.parameter]
                 if is_watched(reader):
-                    flat = member.indices.shape[1] > 1 and not reader.refused
-                    shape = member.indices.shape if flat else (inputs_of(reader, network) * taps[name], 1)
+                    flat = None if reader.refused else _flattened(spread(reader, group, member))
+                    shape = (inputs_of(reader, network) * taps[name], 1) if flat is None else flat.shape
                     moments[name, _key(group, flat)] = Moments(*shape)
-                    wanted.setdefault(name, {})[_key(group, flat)] = member.indices if flat else None
+                    wanted.setdefault(name, {})[_key(group, flat)] = flat
         generator = torch.Generator().manual_seed(seed)
 
         def visit(name: str, owner: "nn.Module", values: "Tensor", _: int) -> None:
@@ -65,8 +66,31 @@ class Measured:
         return Measured(moments, taps, ridge)
 
 
-def _key(group: Group, flat: bool) -> str:
-    return group.id if flat else ""
+def _key(group: Group, flat: np.ndarray | None) -> str:
+    return "" if flat is None else group.id
+
+
+def spread(reader: Reader, group: Group, member: Member) -> np.ndarray:
+    """Return where a reader finds a group's channels along its weight's input axis, int [channels, places, positions].
+
+    A channel has several places where the blocks of a grouped convolution tie filters to each other; each is an input
+    of its own. Positions are those of a flattened map in front of a linear layer, which share a regression; elsewhere
+    there is one. (In a flattened map, a place has its positions side by side, or the places take turns.)
+    """
+    at = member.indices
+    places = max((one.indices.shape[1] for one in group.of_role("filter")), default=1)
+    if getattr(reader.owners[0], "kernel_size", ()):
+        places = at.shape[1]
+    elif at.shape[1] % places:
+        places = 1
+    one_by_one = at.reshape(len(at), places, -1)
+    in_turn = at.reshape(len(at), -1, places).swapaxes(1, 2)
+    return one_by_one if (np.diff(one_by_one, axis=2) == 1).all() else in_turn
+
+
+def _flattened(at: np.ndarray) -> np.ndarray | None:
+    """Return `spread` as [inputs, positions] where there are positions."""
+    return at.reshape(-1, at.shape[2]) if at.shape[2] > 1 else None
 
 
 def taps_of(reader: Reader) -> int:
@@ -86,12 +110,12 @@ class Variables:
     """What a reader is regressed on when a group shrinks: what is left of its inputs.
 
     Attributes:
-        inputs: int [inputs, places]: indices along the weight's input axis. One place, or those that a channel has in a
-            flattened map; then only the group's own channels are inputs.
-        channels: int [channels, taps]: the variables of each channel; of no meaning for those that are gone.
+        inputs: int [inputs, positions]: indices along the weight's input axis. One position, or those of a flattened
+            map; then only the group's own channels are inputs.
+        channels: int [channels, places and taps]: the variables of each channel; of no meaning for those that are gone.
         second: second moment with the ridge, [variables, variables]; covariance where a constant has a place. An input
             is as many variables as the kernel has taps, or one that all of them share.
-        mean: [inputs, places, taps].
+        mean: [inputs, positions, taps].
     """
 
     inputs: np.ndarray
@@ -102,16 +126,21 @@ class Variables:
     @staticmethod
     def of(network: Pruned, group: Group, member: Member, measured: Measured) -> "Variables":
         """Return the variables of one reader of a group as things are now."""
-        flat = member.indices.shape[1] > 1
+        at = spread(network.readers[member.parameter], group, member)
+        flat = _flattened(at)
         moments, taps = measured.moments[member.parameter, _key(group, flat)], measured.taps[member.parameter]
-        left = np.flatnonzero(network.kept[group.id] if flat else network.alive[member.parameter])
-        inputs = member.indices[left] if flat else left[:, None]
-        own = np.arange(group.size) if flat else member.indices[:, 0]
+        if flat is None:
+            own, left = at[:, :, 0], np.flatnonzero(network.alive[member.parameter])
+            inputs = left[:, None]
+        else:
+            own = np.arange(len(flat)).reshape(at.shape[:2])
+            left = own[network.kept[group.id]].ravel()
+            inputs = flat[left]
         centred = isinstance(network.readers[member.parameter].constant, FoldPlace)
         places = _of_inputs(left, taps).ravel()
         return Variables(
             inputs,
-            _of_inputs(np.searchsorted(left, own), taps),
+            _of_inputs(np.searchsorted(left, own).ravel(), taps).reshape(group.size, -1),
             ridged(moments.second(centred=centred)[np.ix_(places, places)], measured.ridge),
             moments.mean[places].reshape(*inputs.shape, taps),
         )
@@ -119,14 +148,14 @@ class Variables:
     def rows(self, weight: np.ndarray) -> np.ndarray:
         """Return a weight [inputs, outputs, taps...] as [variables, rows]."""
         own = weight[self.inputs]
-        own = np.moveaxis(own.reshape(*own.shape[:3], -1), 3, 1)  # [inputs, taps, places, outputs]
+        own = np.moveaxis(own.reshape(*own.shape[:3], -1), 3, 1)  # [inputs, taps, positions, outputs]
         return np.asarray(own.reshape(len(self.second), -1))
 
     def set_rows(self, weight: np.ndarray, rows: np.ndarray) -> None:
         """Write rows, as `rows` gives them, into a weight."""
-        places, outputs, taps = self.inputs.shape[1], weight.shape[1], weight.shape[2:]
-        own = np.moveaxis(rows.reshape(len(self.inputs), -1, places, outputs), 1, 3)
-        weight[self.inputs] = own.reshape(len(self.inputs), places, outputs, *taps)
+        positions, outputs, taps = self.inputs.shape[1], weight.shape[1], weight.shape[2:]
+        own = np.moveaxis(rows.reshape(len(self.inputs), -1, positions, outputs), 1, 3)
+        weight[self.inputs] = own.reshape(len(self.inputs), positions, outputs, *taps)
 
     def constant(self, lost: np.ndarray) -> np.ndarray:
         """Return what a weight [inputs, outputs, taps...] gives of the means, [outputs]."""

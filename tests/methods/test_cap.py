@@ -30,16 +30,21 @@ from prune2deploy.groups import Group, Groups
 from prune2deploy.masks import widths
 from prune2deploy.methods.base import Context, PruneResult
 from prune2deploy.methods.cap import CaP
+from prune2deploy.methods.compensation import spread
+from prune2deploy.methods.readers import Reader
 
 EXACT = 1e-12
 
 
 class Plain(nn.Module):
-    """conv - activation - conv - norm - mean - linear: the second convolution reads a group without a norm."""
+    """conv - activation - conv - norm - mean - linear: the second convolution reads a group without a norm.
 
-    def __init__(self, activation: nn.Module, kernel: int = 3) -> None:
+    The first convolution has 3 inputs in each of its blocks.
+    """
+
+    def __init__(self, activation: nn.Module, kernel: int = 3, blocks: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(3 * blocks, 8, 3, padding=1, groups=blocks)
         self.activation = activation
         self.conv2 = nn.Conv2d(8, 6, kernel, padding=kernel // 2, bias=False)
         self.bn2 = nn.BatchNorm2d(6)
@@ -49,11 +54,12 @@ class Plain(nn.Module):
         return self.fc(torch.relu(self.bn2(self.conv2(self.activation(self.conv1(x))))).mean((2, 3)))
 
 
-def plain_groups(kernel: int = 3) -> Groups:
-    eight, six = of(conv1=1), of(conv2=1)
+def plain_groups(kernel: int = 3, blocks: int = 1) -> Groups:
+    eight, six = of(conv1=blocks), of(conv2=1)
+    tied = np.arange(8).reshape(blocks, -1).T  # a channel is one place in each block
     return Groups(
         groups=(
-            Group("conv1", 8, (*filters("conv1", span(0, 8), bias=True), reader("conv2", span(0, 8))), ()),
+            Group("conv1", len(tied), (*filters("conv1", tied, bias=True), reader("conv2", tied)), ()),
             Group(
                 "conv2",
                 6,
@@ -62,7 +68,7 @@ def plain_groups(kernel: int = 3) -> Groups:
             ),
         ),
         layers=(
-            conv_layer("conv1", eight, Width(3), bias=True),
+            conv_layer("conv1", eight, Width(3 * blocks), bias=True),
             conv_layer("conv2", six, eight, norm="bn2"),
             norm_layer("bn2", six),
             conv_layer("fc", Width(4), six, bias=True, op_type="Gemm"),
@@ -136,15 +142,116 @@ def test_channels_that_every_reader_can_do_without_leave_a_residual_network_as_i
 
 
 @torch.no_grad()
-def test_a_channel_that_spans_a_flattened_map_is_compensated_at_every_place() -> None:
+@pytest.mark.parametrize("factors", [(2, 2), (2, 5)])
+def test_a_channel_that_spans_a_flattened_map_is_compensated_at_every_place(factors: tuple[int, int]) -> None:
+    """Of the two filters that make a channel, each follows from another one in its own way."""
     net, groups = randomise(Mobile()).double(), mobile_groups()
     for name in ("grouped.weight", "grouped.bias"):
         tensor = net.get_parameter(name)
-        tensor[[1, 3]] = 2 * tensor[[0, 2]]
+        tensor[1], tensor[3] = factors[0] * tensor[0], factors[1] * tensor[2]
     x = torch.randn(3, 1, 6, 6).double()
     dense = net(x)
     result = planned(net, groups, CaP(ridge=EXACT), {"grouped": 1}, (4, 1, 6, 6))
     assert (masked(net, groups, result)(x) - dense).abs().max() <= 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_channel_of_several_filters_is_compensated_filter_by_filter(kernel: int) -> None:
+    """Behind a grouped convolution: what x3 and x7 follow from differs, and both go at once."""
+    net, groups = randomise(Plain(nn.Identity(), kernel, 2)).double(), plain_groups(kernel, 2)
+    for name in ("conv1.weight", "conv1.bias"):
+        tensor = net.get_parameter(name)
+        tensor[3] = 0.3 * tensor[0] - 2 * tensor[1]
+        tensor[7] = 0.7 * tensor[4] + 1.5 * tensor[5]
+    x = torch.randn(3, 6, 8, 8).double()
+    dense = net(x)
+    result = planned(net, groups, CaP(ridge=EXACT), {"conv1": 3}, (4, 6, 8, 8))
+    removed = np.flatnonzero(~result.keep["conv1"])
+    assert len(removed) == 1
+    assert set(removed) <= {0, 1, 3}
+    assert not result.weights["conv2.weight"][:, [removed[0], removed[0] + 4]].any()
+    assert (masked(net, groups, result)(x) - dense).abs().max() <= 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_behind_a_grouped_convolution_a_regression_is_least_squares_on_all_that_is_left(kernel: int) -> None:
+    """Weights and score of the reader of a group whose channels are two filters; every filter and tap on its own."""
+    net, groups = randomise(Plain(nn.ReLU(), kernel, 2)).double(), plain_groups(kernel, 2)
+    data, taps = batches((4, 6, 8, 8)), kernel**2
+    read = F.unfold(net.activation(net.conv1(torch.cat([x for x, _ in data]))), kernel, padding=kernel // 2)
+    rows = read.transpose(1, 2).reshape(-1, 8 * taps).numpy()
+    wanted = rows @ net.conv2.weight.flatten(1).numpy().T
+
+    def left(kept: np.ndarray) -> np.ndarray:
+        return np.column_stack([rows[:, np.repeat(np.tile(kept, 2), taps)], np.ones(len(rows))])
+
+    result = planned(net, groups, CaP(positions=0, ridge=EXACT), {"conv1": 2}, (4, 6, 8, 8))
+    kept = result.keep["conv1"]
+    best = np.linalg.lstsq(left(kept), wanted, rcond=None)[0][:-1]
+    found = result.weights["conv2.weight"][:, np.tile(kept, 2)].reshape(6, -1).T
+    np.testing.assert_allclose(found, best, rtol=1e-6, atol=1e-9)
+    scores = CaP(positions=0, ridge=EXACT).scores(weights_of(net), groups, Context(net, data))["conv1"]
+    losses = []
+    for channel in range(4):
+        without = left(np.arange(4) != channel)
+        error = wanted - without @ np.linalg.lstsq(without, wanted, rcond=None)[0]
+        losses.append((error**2).sum() / ((wanted - wanted.mean(axis=0)) ** 2).sum())
+    assert np.argmin(scores) == np.argmin(losses)
+    assert scores.min() == pytest.approx(min(losses), rel=1e-6)
+
+
+@torch.no_grad()
+def test_behind_a_pooled_grouped_convolution_a_linear_layer_has_each_filter_as_an_input() -> None:
+    class Pooled(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.conv1(x)).mean((2, 3)))
+
+    net = randomise(Pooled(nn.ReLU(), 1, 2))
+    net.fc = randomise(nn.Linear(8, 4))
+    net = net.double()
+    tied = np.arange(8).reshape(2, -1).T
+    eight = of(conv1=2)
+    groups = Groups(
+        (Group("conv1", 4, (*filters("conv1", tied, bias=True), reader("fc", tied)), ("Relu",)),),
+        (conv_layer("conv1", eight, Width(6), bias=True), conv_layer("fc", Width(4), eight, bias=True, op_type="Gemm")),
+        Cost((Term("conv1", 27 * 64, (eight,)), Term("fc", 4, (eight,))), ()),
+    )
+    result = planned(net, groups, CaP(ridge=EXACT), {"conv1": 3}, (16, 6, 8, 8))
+    read = torch.cat([torch.relu(net.conv1(x)).mean((2, 3)) for x, _ in batches((16, 6, 8, 8))]).numpy()
+    wanted, kept = read @ net.fc.weight.numpy().T, np.tile(result.keep["conv1"], 2)
+    best = np.linalg.lstsq(np.column_stack([read[:, kept], np.ones(len(read))]), wanted, rcond=None)[0][:-1]
+    np.testing.assert_allclose(result.weights["fc.weight"][:, kept], best.T, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("layer", "at", "expected"),
+    [
+        (nn.Conv2d(12, 2, 1), [[0, 6], [1, 7]], [[[0], [6]], [[1], [7]]]),
+        (nn.Linear(12, 2), [[0, 6], [1, 7]], [[[0], [6]], [[1], [7]]]),
+        (
+            nn.Linear(12, 2),
+            [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]],
+            [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]],
+        ),
+        (
+            nn.Linear(12, 2),
+            [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]],
+            [[[0, 4, 8], [2, 6, 10]], [[1, 5, 9], [3, 7, 11]]],
+        ),
+        (nn.Linear(12, 2), [[0, 1, 2], [3, 4, 5]], [[[0, 1, 2]], [[3, 4, 5]]]),
+    ],
+    ids=["convolution", "pooled", "flattened", "flattened, channels last", "flattened, no multiple"],
+)
+def test_the_positions_of_a_flattened_map_are_told_from_the_filters_of_a_channel(
+    layer: nn.Module, at: list[list[int]], expected: list[list[list[int]]]
+) -> None:
+    two = np.array([[0, 2], [1, 3]])
+    member = reader("layer", np.array(at))
+    group = Group("group", 2, (*filters("made", two), member), ())
+    found = Reader(member, conv_layer("layer", Width(2), of(group=2)), (layer,), 1, None, "nowhere")
+    np.testing.assert_array_equal(spread(found, group, member), expected)
 
 
 @torch.no_grad()
