@@ -1,6 +1,5 @@
 """AdaPruner: widths from the scales of the norms, and the criterion that loses least at these widths."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from prune2deploy.methods.fpgm import FPGM
 from prune2deploy.methods.l1 import L1
 from prune2deploy.methods.l2 import L2
 from prune2deploy.methods.line import Line, bisected
+from prune2deploy.methods.norms import masked_and_measured, statistics_of
 from prune2deploy.methods.random import Random
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class AdaPruner(Method):
       that meets the target; what one more step leaves is filled in the order in which t would grow;
     - the criteria are L1, L2, the scales, FPGM's distances, the expected activation (`methods.bn`), and random choice.
       Each makes a network of these widths, whose norms are measured anew, and the one that classifies held-out images
-      best wins (of equals the one of less loss).
+      best wins (of equals the one of less loss). That network is the result, with the norms that it was judged with.
 
     Scales can be compared between groups only behind that training: with a positively homogeneous activation, scale and
     shift can be multiplied, and the readers divided, by any number, and only the importance changes.
@@ -129,7 +129,10 @@ class AdaPruner(Method):
         return {group.id: _scales(weights, group) for group in self._groups(weights, groups)}
 
     def plan(self, weights: Weights, groups: Groups, budget: Budget, context: Context = NO_CONTEXT) -> PruneResult:
-        """Return the masks of the criterion that won at the widths that the scales give.
+        """Return the masks of the criterion that won at the widths that the scales give, with the norms of its trial.
+
+        So what the report says of held-out images is what the masked network does. Where nothing is removed, the norms
+        stay as they are.
 
         Raises:
             InputError: if there are no images, no group has a norm, or the target cannot be reached.
@@ -157,7 +160,8 @@ class AdaPruner(Method):
             "unusable": unusable,
             "warnings": warnings if context.holdout is not None else [*warnings, _NO_HOLDOUT],
         }
-        return PruneResult(candidates[winner], report=report)
+        whole = all(mask.all() for mask in candidates[winner].values())
+        return PruneResult(candidates[winner], weights={} if whole else trials[winner].statistics, report=report)
 
     def _groups(self, weights: Weights, groups: Groups) -> list[Group]:
         """Return the groups of the scope that have a norm."""
@@ -258,17 +262,15 @@ CRITERIA: Mapping[str, Callable[[Weights, Groups, int], Scores]] = {
 class _Trial(NamedTuple):
     top1: float
     loss: float
+    statistics: dict[str, np.ndarray]
 
 
 def _trial(
     module: "nn.Module", groups: Groups, masks: Masks, calibration: Iterable[Any], held_out: Iterable[Any]
 ) -> _Trial:
-    """Return how well the masked network classifies when its norms were measured anew, without touching the module."""
-    from prune2deploy.apply import apply_masks
-    from prune2deploy.train import measure, measure_norms
+    """Return how well the masked network classifies when its norms were measured anew, and what was measured."""
+    from prune2deploy.train import measure
 
-    masked = copy.deepcopy(module)
-    apply_masks(masked, groups, masks)
-    measure_norms(masked, calibration)
+    masked = masked_and_measured(module, groups, masks, calibration)
     found = measure(masked, held_out)
-    return _Trial(found.top1, found.loss)
+    return _Trial(found.top1, found.loss, statistics_of(masked))

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
 
 import numpy as np
 
-from prune2deploy.budget import Budget
+from prune2deploy.budget import Budget, Target
 from prune2deploy.errors import InputError
 from prune2deploy.groups import Groups
 from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, PruneResult, Range, Weights, plan_report
 from prune2deploy.methods.l1 import L1
+from prune2deploy.methods.norms import masked_and_measured, statistics_of
 from prune2deploy.methods.stages import Stage, best_widths, find_stages, width_choices
 from prune2deploy.methods.supernet import SuperNet, measured_losses
 
@@ -43,7 +44,8 @@ class SP(Method):
     shortcuts behind it are the full network's. Dynamic programming searches in place of evolution. Channels are sorted
     first, by the L1 norm of their filters as given, so that the first ones are the largest: without that, and without
     training, "first" means nothing. What the choices leave of the budget is filled, channel by channel. Only groups
-    that one layer makes are narrowed.
+    that one layer makes are narrowed. The result has its norms measured anew, as the proxies do: those of the full
+    network do not fit a narrower one.
 
     Attributes:
         epochs: of training the super-network, from the weights that it has; 0 judges the network as it is.
@@ -99,13 +101,24 @@ class SP(Method):
     def plan(self, weights: Weights, groups: Groups, budget: Budget, context: Context = NO_CONTEXT) -> PruneResult:
         """Return the masks that keep the first channels, of the widths whose stages lose least together.
 
-        Where the budget gives widths, or says how groups compete, nothing is searched.
+        Where the budget gives widths, or says how groups compete, nothing is searched. With them go the statistics that
+        the norms of the masked network have on training images, where there are some and anything is removed.
 
         Raises:
             InputError: if there are no images, no group can be narrowed, or the target cannot be reached.
         """
         if budget.target is None or budget.ranking is not None:
-            return super().plan(weights, groups, budget, context)
+            found = super().plan(weights, groups, budget, context)
+        else:
+            found = self._searched(weights, groups, budget, budget.target, context)
+        if context.module is None or context.images is None or all(mask.all() for mask in found.keep.values()):
+            return found
+        images = _first(context.norm_images, self.batches)
+        return replace(found, weights=statistics_of(masked_and_measured(context.module, groups, found.keep, images)))
+
+    def _searched(
+        self, weights: Weights, groups: Groups, budget: Budget, target: Target, context: Context
+    ) -> PruneResult:
         module, images = context.network("sp")
         stages = self._stages(weights, groups)
         choices = width_choices(groups, _free(stages), self.steps, budget)
@@ -120,7 +133,7 @@ class SP(Method):
             lambda: _first(context.norm_images, self.batches),
             lambda: _first(held_out, self.batches),
         )
-        found = best_widths(stages, losses, groups, budget.target)
+        found = best_widths(stages, losses, groups, target)
         scores = {group: _places(state.order[group]) for group in found.widths}
         keep = replace(budget, floors=dict(budget.floors) | found.widths).masks(scores, groups)
         report = plan_report(groups, budget, keep) | {

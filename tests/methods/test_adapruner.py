@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toy_groups import Mobile, Residual, mobile_groups, norm_members, of, randomise, reader, residual_groups, span
 
 from methods.test_table import toy_task
-from prune2deploy.apply import weights_of
+from prune2deploy.apply import apply_masks, set_weights, weights_of
 from prune2deploy.budget import Budget, Target, share
 from prune2deploy.cost import Cost, Term, Width
 from prune2deploy.errors import InputError
@@ -23,6 +23,7 @@ from prune2deploy.methods.adapruner import CRITERIA, AdaPruner
 from prune2deploy.methods.base import Context, PruneResult
 from prune2deploy.methods.line import PRECISION, Line, bisected
 from prune2deploy.methods.random import Random
+from prune2deploy.train import measure
 
 Batch = tuple[Tensor, Tensor]
 HALF = Budget(Target("macs", 0.5))
@@ -304,6 +305,27 @@ def test_norms_are_measured_anew_before_a_criterion_is_judged() -> None:
         net.bn.running_mean.fill_(30.0)
     result = AdaPruner().plan(weights_of(net), groups, HALF, Context(net, data[:2], data[2:]))
     assert result.report["holdout_top1"]["l1"] >= 0.95
+
+
+def test_the_result_is_the_network_that_was_judged() -> None:
+    """With its norms as measured: at those that it came with it would be as good as chance."""
+    net, groups, data = Planted("l1"), planted_groups(), signs_of_pixel_0()
+    with torch.no_grad():
+        net.bn.running_mean.fill_(30.0)
+    result = AdaPruner().plan(weights_of(net), groups, HALF, Context(net, data[:2], data[2:]))
+    assert result.weights.keys() == {"bn.running_mean", "bn.running_var"}
+    apply_masks(net, groups, result.keep)
+    assert measure(net, data[2:]).top1 <= 0.7
+    set_weights(net, result.weights)
+    found = measure(net, data[2:])
+    assert found.top1 == result.report["holdout_top1"]["l1"] >= 0.95
+    assert found.loss == result.report["holdout_loss"]["l1"]
+
+
+def test_where_nothing_is_removed_nothing_changes() -> None:
+    net, groups, data = Planted("l1"), planted_groups(), signs_of_pixel_0()
+    whole = Budget(None, widths={"conv": SIZE})
+    assert AdaPruner().plan(weights_of(net), groups, whole, Context(net, data[:2], data[2:])).weights == {}
 
 
 def test_norms_are_measured_on_images_that_are_moved_as_in_training() -> None:

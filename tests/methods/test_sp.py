@@ -1,5 +1,6 @@
 """SP: stages, the losses of a super-network held against narrow networks and sums by hand, and the search."""
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -26,7 +27,7 @@ from toy_groups import (
 )
 
 from methods.test_table import toy_task
-from prune2deploy.apply import apply_masks, weights_of
+from prune2deploy.apply import apply_masks, set_weights, weights_of
 from prune2deploy.budget import Budget, Target, share
 from prune2deploy.cost import Cost, Term, Width
 from prune2deploy.errors import InputError
@@ -506,6 +507,25 @@ def test_norms_are_measured_on_images_that_are_moved_as_in_training() -> None:
         for first, moved in ((data, None), (bright, data), (bright, None))
     ]
     assert proxies[0] == proxies[1] != proxies[2]
+
+
+@pytest.mark.parametrize("budget", [BUDGET, Budget(None, widths={"c0": 3, "c1": 2, "c2": 5})])
+def test_the_result_has_its_norms_measured_anew_as_the_proxies_do(budget: Budget) -> None:
+    """On the first images, moved as in training; with widths that are given, too."""
+    net, groups = randomise(Chain((8, 4, 8))), chain_groups((8, 4, 8))
+    data, moved = ([(x.float() + shift, y) for x, y in batches(3)] for shift in (0.0, 0.5))
+    context = Context(net, data, data, moved=moved)
+    result = SP(epochs=0, batches=2).plan(weights_of(net), groups, budget, context)
+    expected = copy.deepcopy(net)
+    apply_masks(expected, groups, result.keep)
+    measure_norms(expected, moved[:2])
+    set_weights(net, result.weights)
+    apply_masks(net, groups, result.keep)
+    assert len(result.weights) == 6
+    with torch.no_grad():
+        assert all(torch.equal(net(x), expected(x)) for x, _ in data)
+    whole = Budget(None, widths={"c0": 8, "c1": 4, "c2": 8})
+    assert SP(epochs=0).plan(weights_of(net), groups, whole, context).weights == {}
 
 
 @pytest.mark.parametrize("kind", NETS)
