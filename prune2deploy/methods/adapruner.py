@@ -114,6 +114,10 @@ class AdaPruner(Method):
         """Count the step."""
         state.steps += 1
 
+    def resume(self, state: "SparseTraining", epochs: int, steps: int) -> None:
+        """Count the steps before an interruption, too."""
+        state.steps = steps
+
     def training(self, state: "SparseTraining") -> dict[str, Any]:
         """Return how long, and at which learning rate."""
         return {"epochs": self.epochs, "lr": self.learning_rate}

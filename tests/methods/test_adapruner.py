@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -423,6 +424,20 @@ def test_sparse_training_makes_the_scales_smaller_than_training_without() -> Non
     assert sizes(nets[0.05], ["bn1"]) < 0.9 * sizes(nets[0.0], ["bn1"])
     context = Context(nets[0.05], list(task.images(batch_size=8)), list(task.holdout(batch_size=8)), state)
     assert method.plan(weights_of(nets[0.05]), groups, Budget(Target("macs", 0.6)), context).report["warnings"] == []
+
+
+def test_a_training_that_was_over_when_it_was_interrupted_counts(tmp_path: Path) -> None:
+    """Killed while it chose, it goes on behind the last step: the scales are those of the penalty all the same."""
+    groups, method, images = residual_groups(), AdaPruner(epochs=2), noise()
+    states, nets = [], []
+    for _ in range(2):
+        net = randomise(Residual())
+        states.append(method.fit(net, groups, HALF, replace(toy_task((2, 3, 8, 8), 5), checkpoint=tmp_path)))
+        nets.append(weights_of(net))
+    assert [state.steps for state in states] == [6, 6]
+    assert all(np.array_equal(values, nets[1][name]) for name, values in nets[0].items())
+    result = method.plan(weights_of(net), groups, Budget(Target("macs", 0.6)), Context(net, images, images, states[1]))
+    assert result.report["warnings"] == []
 
 
 def test_it_works_in_somebody_elses_loop() -> None:
