@@ -102,11 +102,13 @@ class CSGD(Method):
         """Return clusters for the budget, and what their parameters are to be pulled by; the module is not changed.
 
         Raises:
-            InputError: if the target cannot be reached, or parameters of a cluster are frozen.
+            InputError: if the target cannot be reached, groups are to compete, or parameters of a cluster are frozen.
             DeviceError: if scikit-learn is not installed.
         """
         from prune2deploy.apply import copies_of, weights_of
 
+        if budget.ranking == "global":
+            raise InputError("method 'csgd' clusters every group by itself; leave ranking = \"global\" out")
         weights = weights_of(module)
         trained = {name for name, tensor in module.named_parameters() if tensor.requires_grad}
         open_groups = self._prunable(weights, groups, trained)

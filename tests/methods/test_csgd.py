@@ -506,6 +506,21 @@ def test_it_refuses_what_cannot_end_well_before_it_trains() -> None:
         CSGD().prepare(net, groups, HALF)
 
 
+def test_groups_cannot_compete() -> None:
+    """The clusters are made for the common widths before training; it says so in place of ranking otherwise."""
+    net, groups = randomise(Residual()), residual_groups()
+    with pytest.raises(
+        InputError, match="'csgd' clusters every group by itself; leave ranking = \"global\" out"
+    ) as raised:
+        CSGD().prepare(net, groups, Budget(Target("macs", 0.5), ranking="global"))
+    assert "\n" not in str(raised.value)
+    even = CSGD().prepare(net, groups, Budget(Target("macs", 0.5), ranking="uniform"))
+    asked = CSGD().prepare(net, groups, Budget(Target("macs", 0.5)))
+    assert {group: kept.tolist() for group, kept in even.merges.items()} == {
+        group: kept.tolist() for group, kept in asked.merges.items()
+    }
+
+
 def test_it_plans_only_what_it_was_trained_for() -> None:
     net, groups = randomise(Residual()), residual_groups()
     for call in (lambda: CSGD().plan(weights_of(net), groups, HALF), lambda: CSGD().scores(weights_of(net), groups)):
