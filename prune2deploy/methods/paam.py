@@ -152,6 +152,9 @@ class PAAM(Method):
 class _Run:
     """The training while it goes on.
 
+    Several processes train an attention network each, on the same images; the first one's scores choose for all, since
+    a difference in the last bit could give each its own channels.
+
     Attributes:
         method: its hyper-parameters.
         module: the network.
@@ -171,7 +174,10 @@ class _Run:
     def __post_init__(self) -> None:
         import torch
 
+        from prune2deploy.train import Processes
+
         method, task = self.method, self.task
+        self.processes = Processes(task.device)
         dtype = next(self.module.parameters()).dtype
         self.attention = Attention(
             self._rows(), self.groups, hidden=method.hidden, seed=task.seed, dtype=dtype, device=task.device
@@ -192,7 +198,7 @@ class _Run:
         wanted = 1 - (1 - target) * progress
         loss = self._train_attention(epoch, kind, wanted)
         made = self.attention.scores()
-        self.scores = as_arrays(made)
+        self.scores = self.processes.agreed(lambda: as_arrays(made))
         masks = relaxed(self.budget, self.groups, progress).masks(self.scores, self.groups, self.method.ranking)
         self.silence = Silence(self.module, self.groups, masks)
         kinds: tuple[TargetKind, ...] = ("macs", "params")

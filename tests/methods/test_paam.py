@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from prune2deploy.methods import paam
 from prune2deploy.methods.base import Context, PruneResult
 from prune2deploy.methods.gates import Gated, Trained, soft_share
 from prune2deploy.methods.paam import PAAM, Attention, leaky_exponential, relaxed, rows_of
-from prune2deploy.train import Progress, Task
+from prune2deploy.train import Processes, Progress, Task
 
 SHORT = PAAM(epochs=3, anneal=0.7, gate_learning_rate=0.05, learning_rate=0.01, batch_size=8)
 HALF = Budget(Target("macs", 0.5))
@@ -210,6 +211,25 @@ def test_choices_are_made_in_the_annealing_alone_and_the_last_one_stays() -> Non
     assert not any(any(part) for part in (*silent[0], *silent[1]))
     assert any(any(part) for part in silent[2])
     assert all(one == silent[3] for one in silent[4:])
+
+
+def test_of_several_processes_the_first_ones_scores_choose_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trains an attention of its own, and the masks are those of the scores that all agree on."""
+    net, groups = randomise(Residual()), residual_groups()
+    own: list[dict[str, np.ndarray]] = []
+
+    def agreed(_: Processes, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        own.append(make())
+        return {group: -scores for group, scores in own[-1].items()}
+
+    monkeypatch.setattr(Processes, "agreed", agreed)
+    state, result = pruned(net, groups, Budget(None, widths={"stem": 3, "conv1": 4}), noise())
+    assert len(own) == 2
+    for group in ("stem", "conv1"):
+        assert np.array_equal(state.gates[group], -own[-1][group])
+        assert state.gates[group][result.keep[group]].min() > state.gates[group][~result.keep[group]].max()
+    silent = net.get_parameter("conv1.weight").detach().abs().sum(dim=(1, 2, 3)).numpy() == 0
+    assert np.array_equal(~silent, result.keep["conv1"])
 
 
 def test_the_budget_falls_on_a_line_and_ends_where_it_was_given() -> None:
