@@ -81,16 +81,30 @@ def test_filters_that_look_alike_get_equal_gates() -> None:
 
 
 @pytest.mark.parametrize("toy", TOYS)
-def test_gates_do_not_vary_with_the_images(toy: str) -> None:
-    """Data-agnostic: two batches, one set of gates."""
+def test_the_network_reads_by_the_same_gates_whatever_the_images(toy: str) -> None:
+    """Data-agnostic: two batches meet the same weights in every reader, those with the gates multiplied in."""
     make, make_groups, shape = TOYS[toy]
     net, groups = randomise(make()), make_groups()
     module = GateModule(weights_of(net), groups, hidden=8, seed=0, dtype=torch.float32)
-    first = module.gates()
+    met: dict[str, list[np.ndarray]] = {}
+
+    def note(name: str, owner: nn.Module) -> None:
+        met.setdefault(f"{name}.weight", []).append(owner.state_dict(keep_vars=True)["weight"].detach().numpy().copy())
+
+    readers = {member.layer for group in groups.prunable for member in group.of_role("reader")}
     with torch.no_grad():
+        for index, parameter in enumerate(module.parameters):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+        for name in readers:
+            net.get_submodule(name).register_forward_pre_hook(lambda owner, _, name=name: note(name, owner))
         logits = [Gated(net, groups)(module.gates(), torch.randn(shape)) for _ in range(2)]
     assert not torch.equal(*logits)
-    assert all(torch.equal(gate, first[group]) for group, gate in module.gates().items())
+    expected = folded(weights_of(net), groups, as_arrays(module.gates()))
+    assert met.keys() == expected.keys()
+    for name, (first, second) in met.items():
+        assert np.array_equal(first, second)
+        np.testing.assert_allclose(first, expected[name], rtol=1e-6)
+        assert not np.allclose(first, weights_of(net)[name])
 
 
 @pytest.mark.parametrize("toy", TOYS)
