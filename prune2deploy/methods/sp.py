@@ -47,6 +47,10 @@ class SP(Method):
     that one layer makes are narrowed. The result has its norms measured anew, as the proxies do: those of the full
     network do not fit a narrower one.
 
+    How well the proxy ranks was measured by ``tools/rank_sp.py``: over 20 slices of half the MACs of one super-network
+    on the digits, each trained for 3 epochs, its Spearman correlation is 0.74 with the loss on test images and -0.73
+    with top-1 (``models/bench/rank_sp.json``).
+
     Attributes:
         epochs: of training the super-network, from the weights that it has; 0 judges the network as it is.
         learning_rate: highest learning rate of that training.
