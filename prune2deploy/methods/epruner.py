@@ -94,8 +94,7 @@ class EPruner(Method):
     def plan(self, weights: Weights, groups: Groups, budget: Budget, context: Context = NO_CONTEXT) -> PruneResult:
         """Return the masks of the preference that was given or found; arguments and errors are `Method.plan`'s."""
         distances = self._distances(weights, groups)
-        preference = self.preference or self._searched(distances, groups, budget)
-        clusters = self._clusters(distances, preference)
+        preference, clusters = self._found(distances, groups, budget)
         result = super().plan(weights, groups, budget, replace(context, state=clusters))
         own = {
             "preference": preference,
@@ -117,19 +116,21 @@ class EPruner(Method):
                 np.moveaxis(values, member.axis, 0)[member.indices] = _NEW_NORM[member.role]
         return found
 
-    def _searched(self, distances: Distances, groups: Groups, budget: Budget) -> float:
-        """Return the preference whose exemplars come nearest the target from below, of those tried.
+    def _found(self, distances: Distances, groups: Groups, budget: Budget) -> "tuple[float, dict[str, Clusters]]":
+        """Return the preference that was given, or whose exemplars best meet the target from below, and its clusters.
 
-        More preference gives fewer exemplars, in practice but not always; so the best that was seen is taken.
+        More preference gives fewer exemplars, in practice but not always; so the best of those tried is taken.
         """
-        if budget.target is None:
-            return _PAPERS_PREFERENCE
+        if self.preference or budget.target is None:
+            preference = self.preference or _PAPERS_PREFERENCE
+            return preference, self._clusters(distances, preference)
         target, low, high = budget.target, 0.0, 1.0
         seen: dict[float, float] = {}
+        clusters = {}
 
         def too_much(preference: float) -> bool:
-            counts = _counts(self._clusters(distances, preference))
-            seen[preference] = share(groups, target.kind, groups.full_widths() | counts)
+            clusters[preference] = self._clusters(distances, preference)
+            seen[preference] = share(groups, target.kind, groups.full_widths() | _counts(clusters[preference]))
             return seen[preference] > target.share
 
         while too_much(high) and high < _MOST_PREFERENCE:
@@ -138,7 +139,8 @@ class EPruner(Method):
             middle = (low + high) / 2
             low, high = (middle, high) if too_much(middle) else (low, middle)
         within = [preference for preference in seen if seen[preference] <= target.share]
-        return max(within, key=seen.__getitem__) if within else min(seen, key=seen.__getitem__)
+        best = max(within, key=seen.__getitem__) if within else min(seen, key=seen.__getitem__)
+        return best, clusters[best]
 
     def _distances(self, weights: Weights, groups: Groups) -> Distances:
         found = {}
