@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
+from prune2deploy.environment import usable_cores
 from prune2deploy.errors import DeviceError, one_line
 
 Call = Callable[[], Any]
@@ -66,13 +67,14 @@ class OneByOne(Workers):
 
 
 class Processes(Workers):
-    """Runs calls in processes of this machine, ``jobs`` at once."""
+    """Runs calls in processes of this machine, ``jobs`` at once; they share its cores unless OMP_NUM_THREADS is set."""
 
     def __init__(self, jobs: int) -> None:
         from concurrent.futures import Future, ProcessPoolExecutor
 
         spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent)
+        cores = max(1, usable_cores() // jobs)
+        self.pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(cores,))
         self.running: dict[Future[Any], str] = {}
 
     def __exit__(self, *error: object) -> None:
@@ -95,9 +97,14 @@ class Processes(Workers):
             raise DeviceError(_KILLED.format(fewer="--jobs")) from error
 
 
-def _end_with_parent() -> None:
-    """End this process with the one that began it: a killed comparison's trials would go on, with their runs locked."""
+def _begin(cores: int) -> None:
+    """Share the cores with the other processes, and end with the one that began them all.
+
+    A killed comparison's trials would go on otherwise, with their runs locked.
+    """
     from multiprocessing.connection import wait
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # torch, which is not imported yet, looks at it
 
     parent = multiprocessing.parent_process()
     assert parent is not None
