@@ -19,10 +19,10 @@ import numpy as np
 
 from prune2deploy import __version__
 from prune2deploy.budget import choose_masks, protect
-from prune2deploy.errors import InputError
+from prune2deploy.errors import InputError, one_line
 from prune2deploy.files import read_json, write_json
 from prune2deploy.groups import Group, Groups
-from prune2deploy.pipeline import Loaded, load_task, locked, silent
+from prune2deploy.pipeline import Loaded, load_task, locked, method_of, silent
 from prune2deploy.recipe import Recipe
 from prune2deploy.slim import Note
 
@@ -87,9 +87,7 @@ def measure_sensitivity(
     Raises:
         InputError: if the recipe cannot be carried out.
     """
-    from prune2deploy.methods import load_method
-
-    method = load_method(recipe.method, **recipe.method_options)
+    method = method_of(recipe)
     _require_possible(recipe, method)
     note("loading the network and the data")
     loaded = load_task(recipe)
@@ -228,11 +226,21 @@ def _scores(method: Method, loaded: Loaded, groups: Groups) -> Mapping[str, np.n
 
 
 def _begun(path: Path, loaded: Loaded, survey: Survey, trial: _Trial) -> dict[str, Any]:
-    """Return the document to go on with: what the file holds of the same settings, or a new one."""
+    """Return the document to go on with: what the file holds, or a new one.
+
+    Raises:
+        InputError: if the file is of other settings.
+    """
     settings = _settings(loaded, survey)
-    earlier = read_json(path) if path.exists() else None
-    if isinstance(earlier, dict) and all(earlier.get(name) == value for name, value in settings.items()):
-        return earlier
+    if path.exists():
+        earlier = read_json(path)
+        theirs = earlier if isinstance(earlier, dict) else {}
+        if other := next((name for name, value in settings.items() if theirs.get(name) != value), None):
+            raise InputError(
+                f"'{path}' was measured with another {other} ({_short(theirs.get(other))}, not "
+                f"{_short(settings[other])}); remove it to measure anew, or choose another -o"
+            )
+        return theirs
     module = loaded.network.module
     return {
         **settings,
@@ -290,6 +298,10 @@ def _suggested(group: Mapping[str, Any], least: float) -> int:
             break
         floor = point["width"]
     return floor
+
+
+def _short(value: Any) -> str:
+    return one_line(str(value), 40)
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -260,7 +260,11 @@ def test_a_survey_that_was_killed_goes_on_where_it_stopped(
     assert all(strict["floors"][group] >= floor for group, floor in found["floors"].items())
 
     only = RECIPE.model_copy(update={"keep": ("bn1.*", "layer[23]*")})
-    fewer = measure_sensitivity(only, SURVEY, tmp_path)
+    before = (tmp_path / NAME).read_bytes()
+    with pytest.raises(InputError, match=r"was measured with another keep \(\[\], not .*another -o"):
+        measure_sensitivity(only, SURVEY, tmp_path)
+    assert (tmp_path / NAME).read_bytes() == before
+    fewer = measure_sensitivity(only, SURVEY, tmp_path / "other")
     assert measured == ["layer1.0.conv1", "layer1.1.conv1"], "other settings are another survey"
     assert set(fewer["floors"]) == set(measured)
 
