@@ -3,7 +3,7 @@
 
     python examples/own_loop.py --method l1 --epochs 5 -o slim.onnx
 
-Any method without training phases of its own will do; `p2d methods` lists them.
+Any method without training phases of its own will do; `p2d methods` lists them. C-SGD needs far more epochs.
 """
 
 import argparse

@@ -14,8 +14,9 @@ import torch
 
 from prune2deploy.apply import MaskKeeper, MergeKeeper, apply_masks, fold_offsets, set_weights, weights_of
 from prune2deploy.budget import Budget, Target, protect, resolve_floors
-from prune2deploy.errors import InputError
+from prune2deploy.errors import InputError, one_line
 from prune2deploy.groups import Groups
+from prune2deploy.methods import load_method
 from prune2deploy.methods.base import Context, Method, PruneResult
 from prune2deploy.rounding import RoundTo, multiple_of
 from prune2deploy.slim import slim_file
@@ -64,8 +65,8 @@ class Pruner:
     Args:
         model: the network; it is changed in place.
         example_inputs: a tensor, or the inputs of ``forward``, on any device; the first axis is the batch.
-        method: such as ``prune2deploy.methods.CSGD(strength=3e-3)``.
-        target: such as ``prune2deploy.Target(macs=0.5)``.
+        method: such as ``prune2deploy.methods.CSGD(strength=3e-3)``; a name stands for the method as it is by default.
+        target: such as ``prune2deploy.Target(macs=0.5)`` or ``"macs=0.5"``.
         round_to: every tensor's width becomes a multiple of this, or of what a precision such as ``fp16`` wants, or
             stays full.
         keep: fnmatch patterns of parameters whose layers stay whole.
@@ -80,12 +81,19 @@ class Pruner:
         model: nn.Module,
         example_inputs: Tensor | Sequence[Tensor],
         *,
-        method: Method,
-        target: Target,
+        method: Method | str,
+        target: Target | str,
         round_to: RoundTo = 1,
         keep: Sequence[str] = (),
         floors: Mapping[str, float] | None = None,
     ) -> None:
+        method = load_method(method) if isinstance(method, str) else method
+        target = Target.parse(target) if isinstance(target, str) else target
+        if not isinstance(method, Method) or not isinstance(target, Target):
+            raise InputError(
+                f"a Pruner takes a method such as methods.L1() or 'l1' and a target such as Target(macs=0.5) or "
+                f"'macs=0.5', not {one_line(repr(method), 60)} and {one_line(repr(target), 60)}"
+            )
         name = type(method).__name__.lower()
         if method.phases:
             raise InputError(
@@ -125,13 +133,20 @@ class Pruner:
             self.method.epoch_end(self._state, self._epoch)
         self._epoch += 1
 
-    def finish(self, calibration: Iterable[Any] | None = None, *, images: int = CALIBRATION_IMAGES) -> Pruned:
+    def finish(
+        self,
+        calibration: Iterable[Any] | None = None,
+        *,
+        holdout: Iterable[Any] | None = None,
+        images: int = CALIBRATION_IMAGES,
+    ) -> Pruned:
         """Choose the channels, and silence or merge them in the model, in place.
 
         Args:
             calibration: batches of (images, labels) as the model takes them, or of images alone, for methods that
                 choose by data; the first ``images`` of them are kept in memory.
-            images: how many.
+            holdout: batches of others, which no training has seen, for methods that try choices against each other.
+            images: how many of each.
 
         Raises:
             InputError: if the method needs data or labels that are not there, is not ready (C-SGD before it converged),
@@ -139,9 +154,9 @@ class Pruner:
         """
         if self._masking is not None:
             raise InputError("this model is pruned already; make another Pruner to prune it further")
-        batches = None if calibration is None else self._kept(calibration, images)
+        seen, unseen = (None if one is None else self._kept(one, images) for one in (calibration, holdout))
         was_training = self.model.training
-        context = Context(self.model.eval(), batches, batches, self._state)
+        context = Context(self.model.eval(), seen, unseen, self._state)
         try:
             result = self.method.plan(weights_of(self.model), self.groups, self.budget, context)
         finally:

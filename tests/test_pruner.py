@@ -159,6 +159,35 @@ def test_a_method_with_phases_is_refused_with_what_to_do() -> None:
         p2d.Pruner(network(), EXAMPLE, method=Phased(), target=p2d.Target(macs=0.5))
 
 
+def test_names_stand_for_methods_and_targets_and_anything_else_is_refused_at_once() -> None:
+    named, made = (
+        p2d.Pruner(network(), EXAMPLE, method=method, target=target).finish().masks
+        for method, target in (("fpgm", "macs=0.6"), (p2d.methods.FPGM(), p2d.Target(macs=0.6)))
+    )
+    assert all(np.array_equal(mask, made[name]) for name, mask in named.items())
+    for method, target in ((p2d.methods.L1, "macs=0.5"), ("l1", 0.5)):
+        with pytest.raises(InputError, match=r"takes a method such as methods.L1\(\) or 'l1' and a target such as"):
+            p2d.Pruner(network(), EXAMPLE, method=method, target=target)
+    with pytest.raises(InputError, match="no method 'l3'"):
+        p2d.Pruner(network(), EXAMPLE, method="l3", target="macs=0.5")
+
+
+def test_what_is_not_given_as_held_out_is_not_taken_for_it() -> None:
+    images = [(EXAMPLE, torch.tensor([0, 3]))] * 3
+    known: list[Any] = []
+
+    class Looks(p2d.methods.L1):  # type: ignore[misc]  # final, but a test may
+        def plan(self, weights: Any, groups: Any, budget: Any, context: Any = None) -> Any:
+            known.append((context.images, context.holdout))
+            return super().plan(weights, groups, budget, context)
+
+    for holdout in (None, images[:1]):
+        p2d.Pruner(network(), EXAMPLE, method=Looks(), target="macs=0.5").finish(images, holdout=holdout)
+    assert [len(seen) for seen, _ in known] == [3, 3]
+    assert known[0][1] is None
+    assert len(known[1][1]) == 1
+
+
 def test_it_prunes_once() -> None:
     model = network()
     pruner = p2d.Pruner(model, EXAMPLE, method=p2d.methods.L1(), target=p2d.Target(macs=0.5))
