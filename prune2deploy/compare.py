@@ -6,22 +6,25 @@ import hashlib
 import json
 import shutil
 import tomllib
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from prune2deploy import __version__, comparison, pipeline
+from prune2deploy import comparison, pipeline
+from prune2deploy.backends import load_backend
 from prune2deploy.budget import Target
 from prune2deploy.comparison import Trial
 from prune2deploy.environment import environment
 from prune2deploy.errors import InputError, P2DError, one_line
-from prune2deploy.files import read_json, require_file, write_bytes, write_json, write_with
+from prune2deploy.files import read_json, require_file, sha256, write_bytes, write_json, write_with
+from prune2deploy.identity import contents, fingerprint, portable
 from prune2deploy.masks import load_masks, widths
-from prune2deploy.methods import describe_options, load_method, method_class
+from prune2deploy.methods import load_method
 from prune2deploy.recipe import Recipe, Strict, Whole, first_problem, resolved
 from prune2deploy.report import read_report
 from prune2deploy.slim import Note
@@ -56,13 +59,19 @@ class Published(Strict):
         return self
 
 
+def _unlike(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if again := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{again[0]!r} is there twice, which is one trial and not two; leave one out")
+    return values
+
+
 class CompareRecipe(Strict):
     """What is compared; ``recipe`` is what all trials share, of which method, target and seed are replaced."""
 
-    methods: tuple[str, ...] = Field(min_length=1)
-    targets: tuple[str, ...] = Field(default=("macs=0.5",), min_length=1)
-    seeds: tuple[Whole, ...] = Field(default=(0,), min_length=1)
-    controls: tuple[comparison.Control, ...] = comparison.CONTROLS
+    methods: Annotated[tuple[str, ...], AfterValidator(_unlike)] = Field(min_length=1)
+    targets: Annotated[tuple[str, ...], AfterValidator(_unlike)] = Field(default=("macs=0.5",), min_length=1)
+    seeds: Annotated[tuple[Whole, ...], AfterValidator(_unlike)] = Field(default=(0,), min_length=1)
+    controls: Annotated[tuple[comparison.Control, ...], AfterValidator(_unlike)] = comparison.CONTROLS
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     published: tuple[Published, ...] = ()
     recipe: Recipe
@@ -81,25 +90,14 @@ class Planned:
     target: str
     control: bool
 
-    @property
     def run(self) -> str:
-        """The name of the trial's run: another recipe, or version, has another, so that an unfinished one goes on."""
-        text = f"{__version__} {self.recipe.model_dump_json()}"
+        """Return the name of the trial's run: where anything differs it has another, so that an unfinished one goes on.
+
+        Raises:
+            InputError: if a file that the recipe names is not there.
+        """
+        text = json.dumps(fingerprint(self.recipe), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-    def is_result(self, document: Trial) -> bool:
-        """Whether a finished trial is of exactly this recipe."""
-        return bool(document.get("recipe") == portable(self.recipe))
-
-
-def portable(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as JSON values without where files lie, so that a comparison can go on elsewhere."""
-    found = recipe.model_dump(mode="json")
-    for name in ("weights", "network"):
-        found[name] = found[name] and Path(found[name]).name
-    kind, _, place = found["data"].partition(":")
-    found["data"] = f"{Path(kind).name}:{place}" if kind.endswith(".py") else kind
-    return found
 
 
 def load_compare_recipe(path: Path) -> CompareRecipe:
@@ -156,23 +154,24 @@ def plan(recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Collectio
             length = f"-e{one.finetune.epochs}" if one.from_scratch else ""
             name = f"{control}-at-{trial['widths_key']}{length}-s{trial['seed']}"
             waits = name not in finished and (control, trial["target"], trial["seed"]) in unsettled
-            if trial["controls"] and not covered and not waits:
+            if trial["controls"] and not covered and not waits and name not in controls:
                 controls[name] = Planned(name, one, trial["target"], True)
     return trials + list(controls.values())
 
 
 def _trial_recipe(recipe: CompareRecipe, method: str, target: str, seed: int) -> Recipe:
-    options = dict(recipe.options.get(method, {}))
-    if "seed" in describe_options(method_class(method)):
-        options.setdefault("seed", seed)
+    options = recipe.options.get(method, {})
     changes = {"method": method, "method_options": options, "target": target, "seed": seed}
     return recipe.recipe.model_copy(update=changes)
 
 
 def _control_recipe(recipe: CompareRecipe, control: str, trial: Trial) -> Recipe:
-    """Return the recipe of a control; the one from scratch trains as long as the trial's method and fine-tuning did."""
+    """Return the recipe of a control; the one from scratch trains as long as the trial's method and fine-tuning did.
+
+    Its widths are given, so its target is not looked at, and is the same for trials of all targets.
+    """
     scratch = control == "scratch"
-    found = _trial_recipe(recipe, "l1" if scratch else control, trial["target"], trial["seed"])
+    found = _trial_recipe(recipe, "l1" if scratch else control, recipe.recipe.target, trial["seed"])
     epochs = found.finetune.epochs + (trial["training_epochs"] if scratch else 0)
     finetune = found.finetune.model_copy(update={"epochs": epochs})
     return found.model_copy(update={"widths": trial["widths"], "from_scratch": scratch, "finetune": finetune})
@@ -185,10 +184,8 @@ def run_trial(planned: Planned, folder: str, *, graph: bool) -> dict[str, Any]:
         P2DError: whatever pruning and exporting raise.
     """
     run = Path(folder)
-    done = pipeline.finished_steps(run, planned.recipe)
-    if "prune" not in done:
-        pipeline.prune(planned.recipe, run, resume=True)
-    if graph and "slim" not in done:
+    pipeline.prune(planned.recipe, run, resume=True)
+    if graph and "slim" not in pipeline.finished_steps(run, planned.recipe):
         pipeline.export(run)
     return trial_result(planned, run)
 
@@ -196,17 +193,17 @@ def run_trial(planned: Planned, folder: str, *, graph: bool) -> dict[str, Any]:
 def trial_result(planned: Planned, run: Path) -> dict[str, Any]:
     """Return what a comparison keeps of a finished run, as JSON values."""
     recipe, section = planned.recipe, read_report(run)["prune"]
-    method = load_method(recipe.method, **recipe.method_options)
+    method = pipeline.method_of(recipe)
     kept = widths(load_masks(run / "masks.safetensors"))
     key = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     report = section["method_report"]
-    own = {name: value for name, value in recipe.method_options.items() if name != "seed"}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": planned.name,
         "recipe": portable(recipe),
+        "contents": contents(recipe),
         "method": recipe.method,
-        "options": own,
+        "options": recipe.method_options,
         "target": planned.target,
         "seed": recipe.seed,
         "control": planned.control,
@@ -228,11 +225,26 @@ def trial_result(planned: Planned, run: Path) -> dict[str, Any]:
     }
 
 
-def _attempt(planned: Planned, folder: str, graph: bool) -> dict[str, Any] | P2DError:
+@dataclass(frozen=True)
+class _Bug:
+    """What a trial raised that nobody foresaw; the other trials go on."""
+
+    traceback: str
+
+    def __str__(self) -> str:
+        return self.traceback.rstrip().rpartition("\n")[2]
+
+
+_Failure = P2DError | _Bug
+
+
+def _attempt(planned: Planned, folder: str, graph: bool) -> dict[str, Any] | _Failure:
     try:
         return run_trial(planned, folder, graph=graph)
     except P2DError as error:
         return error
+    except Exception:  # out of the GPU's memory, a mistake in one method: no reason to lose the others
+        return _Bug(traceback.format_exc())
 
 
 def _workers(recipe: Recipe, jobs: int, ray: str | None) -> Workers:
@@ -267,22 +279,26 @@ def compare(
         InputError: if network or data cannot be loaded here, where trials are to run here; then nothing is written. Or
             if trials cannot be carried out; the others were, and the tables are of them.
         DeviceError: if ray or the backend is not there.
+        RuntimeError: if a trial met a bug; the others were carried out.
     """
+    if bench:
+        load_backend(recipe.recipe.bench.backend)  # before the work, not after it
+    files = contents(recipe.recipe)
     finished = _finished(folder)
     if not ray and any(one.name not in finished for one in plan(recipe, finished)):
         note("loading the network and the data")
         pipeline.load_task(recipe.recipe)  # what is wrong with them is wrong before anything is written
     workers = _workers(recipe.recipe, jobs, ray)
     with pipeline.locked(folder), workers:
-        failed: dict[str, P2DError] = {}
+        failed: dict[str, _Failure] = {}
         running: dict[str, Planned] = {}
         finished = _finished(folder)
         while True:
             known = plan(recipe, finished, failed)
-            _require_same(folder, known, finished)
+            _require_same(folder, known, finished, files)
             for one in known:
                 if one.name not in finished and one.name not in failed and one.name not in running:
-                    run = str(folder / "runs" / one.run)
+                    run = str(folder / "runs" / one.run())
                     workers.submit(one.name, partial(_attempt, one, run, recipe.wants_graph(one)))
                     running[one.name] = one
             if not running:
@@ -290,7 +306,7 @@ def compare(
             note(f"{len(running)} trials to run: {', '.join(list(running)[:3])}{' ...' * (len(running) > 3)}")
             name, outcome = workers.next()
             planned = running.pop(name)
-            if isinstance(outcome, P2DError):
+            if isinstance(outcome, _Failure):
                 failed[name] = outcome
             else:
                 _keep(folder, recipe, planned, outcome)
@@ -302,8 +318,10 @@ def compare(
             _time(folder, recipe, note)
         document = _write(folder, recipe, finished, failed)
     if failed:
-        name, error = next(iter(failed.items()))
-        raise InputError(f"{len(failed)} of {len(known)} trials failed, first '{name}': {one_line(error, 300)}")
+        name, error = max(failed.items(), key=lambda one: isinstance(one[1], _Bug))  # a bug first
+        if isinstance(error, _Bug):
+            raise RuntimeError(f"{len(failed)} of {len(known)} trials failed, '{name}' by a bug:\n{error.traceback}")
+        raise InputError(f"{len(failed)} of {len(known)} trials failed, first '{name}': {one_line(str(error), 300)}")
     return document
 
 
@@ -311,32 +329,50 @@ def _finished(folder: Path) -> dict[str, Trial]:
     return {path.stem: read_json(path) for path in sorted((folder / "trials").glob("*.json"))}
 
 
-def _require_same(folder: Path, known: Sequence[Planned], finished: Mapping[str, Trial]) -> None:
-    """Refuse to mix trials of two recipes in one table; where files lie may differ."""
+def _require_same(
+    folder: Path, known: Sequence[Planned], finished: Mapping[str, Trial], files: Mapping[str, str]
+) -> None:
+    """Refuse to mix trials of two recipes, or of two contents of their files, in one table; where they lie may differ.
+
+    Args:
+        folder: of the comparison.
+        known: the trials of this one.
+        finished: those that are there.
+        files: `identity.contents` of what they share.
+    """
     for one in known:
-        if one.name in finished and not one.is_result(finished[one.name]):
+        if one.name not in finished:
+            continue
+        theirs = finished[one.name]
+        other = "another recipe" if theirs.get("recipe") != portable(one.recipe) else None
+        other = other or ("other files" if theirs.get("contents") != files else None)
+        if other is not None:
             raise InputError(
-                f"trial '{one.name}' in '{folder}' was made by another recipe; remove "
+                f"trial '{one.name}' in '{folder}' was made from {other}; remove "
                 f"'{folder / 'trials' / f'{one.name}.json'}' to run it again, or choose another -o"
             )
 
 
 def _keep(folder: Path, recipe: CompareRecipe, planned: Planned, result: dict[str, Any]) -> None:
-    """Write a finished trial, and the graphs to time where there are none of its widths yet."""
+    """Write a finished trial and the graphs to time; one of the same widths is as good as another."""
     graphs = {"dense": "dense", "slim": result["graph"]} if recipe.wants_graph(planned) else {}
     for source, name in graphs.items():
-        path = folder / "graphs" / f"{name}.onnx"
-        if not path.exists():
-            write_with(path, partial(shutil.copyfile, folder / "runs" / planned.run / f"{source}.onnx"))
+        found = folder / "runs" / planned.run() / f"{source}.onnx"
+        write_with(folder / "graphs" / f"{name}.onnx", partial(shutil.copyfile, found))
     write_json(folder / "trials" / f"{planned.name}.json", result)
 
 
 def _time(folder: Path, recipe: CompareRecipe, note: Note) -> None:
-    """Time each graph against the dense one that was not timed yet, as the recipe's section bench says."""
+    """Time each graph against the dense one, as the recipe's section bench says, that was not so on this machine."""
     known = _latencies(folder)
-    settings = recipe.recipe.bench.model_dump()
+    settings, here = recipe.recipe.bench.model_dump(), environment()
     for path in sorted((folder / "graphs").glob("*.onnx")):
-        if path.stem == "dense" or known.get(path.stem, {}).get("settings") == settings:
+        earlier = known.get(path.stem)
+        if path.stem == "dense" or (
+            earlier
+            and earlier["settings"] == settings
+            and all(earlier["environment"][name] == here[name] for name in ("machine", "board", "cpu", "gpus"))
+        ):
             continue
         note(f"timing {path.stem}")
         found = pipeline.bench([folder / "graphs" / "dense.onnx", path], **settings)
@@ -347,6 +383,7 @@ def _time(folder: Path, recipe: CompareRecipe, note: Note) -> None:
             "high": ratio.high,
             "verdict": found.verdicts[0].word,
             "settings": settings,
+            "sha256": _hashes(folder, path.stem),
             "bench": found.to_json(),
             "environment": environment(),
         }
@@ -354,13 +391,24 @@ def _time(folder: Path, recipe: CompareRecipe, note: Note) -> None:
 
 
 def _latencies(folder: Path) -> dict[str, Any]:
+    """Return what was timed, by graph, but what was of graphs that have been replaced since."""
     path = folder / "latency.json"
     found: dict[str, Any] = read_json(path) if path.exists() else {}
-    return found
+    return {
+        name: one
+        for name, one in found.items()
+        if all(one["sha256"][graph] == own for graph, own in _hashes(folder, name).items())
+    }
+
+
+def _hashes(folder: Path, name: str) -> dict[str, str]:
+    """Return the SHA-256 of a graph and of the dense one, where they are there."""
+    paths = {"dense": folder / "graphs" / "dense.onnx", "slim": folder / "graphs" / f"{name}.onnx"}
+    return {graph: sha256(path) for graph, path in paths.items() if path.exists()}
 
 
 def _write(
-    folder: Path, recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Mapping[str, P2DError]
+    folder: Path, recipe: CompareRecipe, finished: Mapping[str, Trial], failed: Mapping[str, _Failure]
 ) -> dict[str, Any]:
     from prune2deploy.comparison_page import write_comparison
 
@@ -374,7 +422,7 @@ def _write(
         "rows": found,
         "published": published,
         "trials": [one["name"] for one in known],
-        "failed": {name: one_line(error, 300) for name, error in failed.items()},
+        "failed": {name: one_line(str(error), 300) for name, error in failed.items()},
     }
     write_json(folder / "compare.json", document)
     write_bytes(folder / "compare.md", comparison.markdown(found, published, _trained(recipe)).encode())

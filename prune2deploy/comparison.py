@@ -46,8 +46,10 @@ def rows(trials: Sequence[Trial], latencies: Mapping[str, Mapping[str, Any]]) ->
             "latency": next((latencies[one["graph"]] for one in own if one["graph"] in latencies), None),
         }
         for control in CONTROLS:
-            row[f"{control}_control"] = _mean(control_accuracy(one, control, trials) for one in own)
-        row["beats_random"] = None if method == "random" else _beats(row["finetuned"], row["random_control"])
+            known = [control_accuracy(one, control, trials) for one in own]
+            row[f"{control}_control"] = _mean(known)
+            row[f"{control}_seeds"] = [one["seed"] for one, there in zip(own, known, strict=True) if there is not None]
+        row["beats_random"] = None if method == "random" else _beats(own, trials)
         found.append(row)
     return found
 
@@ -151,15 +153,15 @@ def cells(row: Row) -> list[str]:
         _percent(row["parameters"], 1),
         _percent(row["pruned"]),
         _percent(row["finetuned"]) + spread,
-        _percent(row["random_control"]) + (" (not beaten)" if row["beats_random"] is False else ""),
-        _percent(row["l1_control"]),
-        _percent(row["scratch_control"]),
+        _control(row, "random") + (" (not beaten)" if row["beats_random"] is False else ""),
+        _control(row, "l1"),
+        _control(row, "scratch"),
         "–" if row["selection_seconds"] is None else f"{row['selection_seconds']:.2f} s",
         "–" if row["training_seconds"] is None else f"{row['training_seconds']:,.0f} s",
         f"{row['training_epochs']:g} + {row['finetune_epochs']}"
         if row["training_epochs"]
         else str(row["finetune_epochs"]),
-        "–" if latency is None else f"{latency['ratio']:.3f} [{latency['low']:.3f}, {latency['high']:.3f}]",
+        "–" if latency is None else _ratio(latency),
     ]
 
 
@@ -209,6 +211,17 @@ def _percent(share: float | None, digits: int = 2) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
+def _control(row: Row, control: Control) -> str:
+    seeds, all_of_them = row[f"{control}_seeds"], row["seeds"]
+    few = f" ({len(seeds)} of {len(all_of_them)} seeds)" if seeds and len(seeds) < len(all_of_them) else ""
+    return _percent(row[f"{control}_control"]) + few
+
+
+def _ratio(latency: Mapping[str, Any]) -> str:
+    text = f"{latency['ratio']:.3f} [{latency['low']:.3f}, {latency['high']:.3f}]"
+    return text if latency["verdict"] == "faster" else f"{text} ({latency['verdict']})"
+
+
 def _points(change: float | None) -> str:
     return "–" if change is None else f"{100 * change:+.2f}"
 
@@ -227,5 +240,8 @@ def _spread(values: Sequence[float | None]) -> float | None:
     return float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def _beats(own: float | None, control: float | None) -> bool | None:
-    return None if own is None or control is None else own > control
+def _beats(own: Sequence[Trial], trials: Sequence[Trial]) -> bool | None:
+    """Return whether trials are better than random masks in the mean over the seeds that have both."""
+    pairs = [(one["accuracy"]["finetuned"], control_accuracy(one, "random", trials)) for one in own]
+    gains = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+    return float(np.mean(gains)) > 0 if gains else None

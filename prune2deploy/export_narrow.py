@@ -38,7 +38,7 @@ from prune2deploy.narrow import (
 )
 from prune2deploy.networks import load_network, save_weights
 from prune2deploy.origins import Origins, find_origins, narrow_tensors, normal_form
-from prune2deploy.pipeline import Loaded, real_samples
+from prune2deploy.pipeline import Loaded, forget_narrow, real_samples
 from prune2deploy.report import read_report, update_section
 
 if TYPE_CHECKING:
@@ -193,8 +193,7 @@ def narrow_run(run: Path, task: Loaded, method: Method) -> None:
         method.rebuild(module, groups)
         return module
 
-    for path in folder.glob("*"):
-        path.unlink()
+    forget_narrow(folder)
     about = {"network": recipe.network, **options, "mean": task.mean, "std": task.std, "method": added}
     metadata = {"network": recipe.network, "mean": json.dumps(task.mean), "std": json.dumps(task.std)}
     samples = [torch.from_numpy(array) for array in real_samples(task).values()]

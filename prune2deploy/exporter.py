@@ -85,7 +85,8 @@ def _output_count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
         except Exception as error:  # whatever a user's forward() raises
             shapes = [list(tensor.shape) for tensor in inputs]
             raise InputError(
-                f"the network does not run on inputs {shapes} ({one_line(error, 160)}); give --input NAME:SHAPE, or in Python other inputs"
+                f"the network does not run on inputs {shapes} ({one_line(error, 160)}); give --input NAME:SHAPE, or in "
+                "Python other inputs"
             ) from error
     return len([leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])
 

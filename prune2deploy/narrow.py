@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -124,12 +125,14 @@ def _options(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _called(factory: Callable[[], Any]) -> Any:
     if not callable(factory):
         raise InputError(f"the factory is {type(factory).__name__}; give a function, a module, or a network's name")
-    try:
-        return factory()
-    except TypeError as error:
-        raise InputError(
-            f"the factory cannot be called without arguments ({one_line(error, 120)}); wrap it in a lambda"
-        ) from error
+    with suppress(ValueError):  # of a builtin without a signature
+        try:
+            inspect.signature(factory).bind()
+        except TypeError as error:
+            raise InputError(
+                f"the factory cannot be called without arguments ({one_line(error, 120)}); wrap it in a lambda"
+            ) from error
+    return factory()
 
 
 def _rebuild(module: nn.Module, manifest: Mapping[str, Any], folder: Path) -> None:

@@ -19,12 +19,13 @@ from prune2deploy.environment import environment
 from prune2deploy.errors import DeviceError, InputError, StrictError, one_line
 from prune2deploy.files import read_json, require_file, sha256, write_json
 from prune2deploy.groups import Groups
+from prune2deploy.identity import contents, fingerprint, pruning
 from prune2deploy.masks import Masks, load_masks, widths
-from prune2deploy.recipe import Recipe, load_recipe
+from prune2deploy.recipe import Recipe, load_recipe, save_recipe
 from prune2deploy.report import read_report, update_section, write_samples
 from prune2deploy.rounding import multiple_of
 from prune2deploy.slim import Note, slim_file
-from prune2deploy.unfinished import EVENTS, FOLDER, Unfinished, fingerprint
+from prune2deploy.unfinished import EVENTS, FOLDER, Unfinished
 
 if TYPE_CHECKING:
     import onnx
@@ -33,9 +34,13 @@ if TYPE_CHECKING:
     from prune2deploy.data import Data
     from prune2deploy.graph.rewrite import Slimmed
     from prune2deploy.latency import Comparison
+    from prune2deploy.methods.base import Method
     from prune2deploy.networks import Network
 
 VERIFY_SAMPLES = 8
+LOCK = "lock"
+RUN_FILES = ("recipe.toml", "masks.safetensors")
+"""What every run has that was pruned; one that has just begun has its lock."""
 
 
 def silent(_: str) -> None:
@@ -64,7 +69,7 @@ def locked(run: Path) -> Iterator[None]:
         raise InputError(f"'{run}' is a file, but a run is a folder; choose another -o")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        stream = (run / "lock").open("w")
+        stream = (run / LOCK).open("w")
     except OSError as error:
         raise InputError(f"cannot write to '{run}': {error.strerror}; choose another -o") from error
     with stream:
@@ -140,12 +145,16 @@ def prune(
 ) -> None:
     """Choose masks, apply them, fine-tune, and write masks, weights, groups and the report's section ``prune``.
 
-    With ``resume`` a fine-tuning that was interrupted goes on. Of several processes, as ``torchrun`` starts them, an
-    ONNX file needs one only.
+    With ``resume`` a training that was interrupted goes on, and nothing is done where none is left. Of several
+    processes, as ``torchrun`` starts them, an ONNX file needs one only.
 
     Raises:
-        InputError: if the recipe cannot be carried out; then nothing of an earlier run is changed.
+        InputError: if the recipe cannot be carried out, or the folder holds files and is no run; then nothing in it is
+            changed. If ``resume`` meets a run of another recipe.
     """
+    _require_run_or_nothing(run)
+    if resume and "prune" in _agreed_steps(run, recipe):
+        return
     if recipe.is_onnx:
         from prune2deploy.prune_onnx import prune_onnx
 
@@ -155,6 +164,26 @@ def prune(
         from prune2deploy.prune_network import prune_network
 
         prune_network(recipe, run, resume=resume, note=note, on_progress=on_progress)
+
+
+def _require_run_or_nothing(run: Path) -> None:
+    """Refuse a folder of other files: pruning replaces and removes files by their names."""
+    if not run.is_dir() or (run / LOCK).exists() or all((run / name).exists() for name in RUN_FILES):
+        return
+    if (other := next(run.iterdir(), None)) is not None:
+        raise InputError(f"'{run}' is not a run, and holds other files, such as '{other.name}'; choose another -o")
+
+
+def method_of(recipe: Recipe) -> Method:
+    """Return the recipe's method, with the recipe's seed where its options give none of its own.
+
+    Raises:
+        InputError: if there is no such method, or an option does not fit.
+    """
+    from prune2deploy.methods import describe_options, load_method, method_class
+
+    has_seed = "seed" in describe_options(method_class(recipe.method))
+    return load_method(recipe.method, **({"seed": recipe.seed} if has_seed else {}) | recipe.method_options)
 
 
 def budget_of(recipe: Recipe, groups: Groups | None = None) -> Budget:
@@ -198,6 +227,9 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 3)
 
 
+NARROW = ("narrow.json", "weights.safetensors", "groups.json")
+"""What ``narrow/`` holds (`narrow.MANIFEST` and others); whoever trains on keeps files of their own there."""
+
 LATER = ("log.jsonl", "dense.onnx", "masked.onnx", "slim.onnx", "slim.json", "report.html", "report.json")
 
 
@@ -206,8 +238,15 @@ def forget_later_steps(run: Path) -> None:
     for name in LATER:
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / EVENTS, ignore_errors=True)
-    for path in [*(run / "samples").glob("*.json"), *(run / "engines").glob("*"), *(run / "narrow").glob("*")]:
+    for path in [*(run / "samples").glob("*.json"), *(run / "engines").glob("*")]:
         path.unlink()
+    forget_narrow(run / "narrow")
+
+
+def forget_narrow(folder: Path) -> None:
+    """Remove the narrow PyTorch network of an earlier run."""
+    for name in NARROW:
+        (folder / name).unlink(missing_ok=True)
 
 
 def prune_section(recipe: Recipe, groups: Groups, masks: Masks, budget: Budget) -> dict[str, Any]:
@@ -243,6 +282,7 @@ def prune_section(recipe: Recipe, groups: Groups, masks: Masks, budget: Budget) 
         "floors": dict(budget.floors),
         "seed": recipe.seed,
         "finetune_epochs": recipe.finetune.epochs,
+        "contents": contents(recipe),
         "groups": [{"id": group.id, "before": full[group.id], "after": kept[group.id]} for group in groups.groups],
         "kept_groups": {group.id: group.kept_because for group in groups.groups if not group.prunable},
         "layers": layers,
@@ -264,7 +304,6 @@ def export(run: Path, *, torch: bool = False, note: Note = silent) -> Slimmed:
     """
     from prune2deploy.exporter import export_network, require_agreement
     from prune2deploy.graph.model import save_model
-    from prune2deploy.methods import load_method
     from prune2deploy.networks import load_weights
 
     recipe = load_run(run)
@@ -282,7 +321,7 @@ def export(run: Path, *, torch: bool = False, note: Note = silent) -> Slimmed:
         for name in ("dense", "masked"):
             note(f"exporting {name}.onnx")
             if name == "masked":
-                method = load_method(recipe.method, **recipe.method_options)
+                method = method_of(recipe)
                 method.rebuild(module, Groups.load(run / "groups.json"))
                 load_weights(module, run / "weights.safetensors")
             exported = export_network(module, task.network.example_inputs, fuse=True)
@@ -508,15 +547,14 @@ def walk(
     from prune2deploy.page import write_page
 
     load_backend(recipe.bench.backend)  # before the work, not after it
-    done = _agreed_steps(run, recipe) if resume else set()
-    if "prune" not in done:
-        prune(recipe, run, resume=resume, note=note, on_progress=on_progress)
-        done = {"prune", "slim"} if recipe.is_onnx else {"prune"}
+    prune(recipe, run, resume=resume, note=note, on_progress=on_progress)
     if not ranks.is_first():  # the others were there to train
         return
+    done = finished_steps(run, recipe)
     if "slim" not in done:
         export(run, note=note)
     if "bench" not in done:
+        save_recipe(recipe, run / "recipe.toml")  # of an earlier walk it may have measured otherwise
         bench_run(run, recipe, note=note, on_progress=on_round)
     note("writing report.html")
     write_page([run], run / "report.html")
@@ -539,19 +577,25 @@ def finished_steps(run: Path, recipe: Recipe) -> set[str]:
     """
     if not (run / "report.json").exists() or not (run / "recipe.toml").exists():
         return set()
-    if load_recipe(run / "recipe.toml") != recipe:
+    theirs, report = load_recipe(run / "recipe.toml"), read_report(run)
+    files = report.get("prune", {}).get("contents")
+    if pruning(theirs) != pruning(recipe) or files != contents(recipe):
         if not recipe.is_onnx and Unfinished(run / FOLDER, fingerprint(recipe)).is_of_this_recipe():
             return set()  # the run is another recipe's, but this one was pruning anew when it was interrupted
-        raise InputError(f"'{run}' was made by another recipe; leave --resume out to start anew, or choose another -o")
-    report = read_report(run)
+        raise InputError(
+            f"'{run}' was made by another recipe, or from files that have changed since; leave --resume out to start "
+            "anew, or choose another -o"
+        )
     weights = ("groups.json",) if recipe.is_onnx else ("weights.safetensors", "dense.safetensors", "analysis.onnx")
-    files = {
+    written = {
         "prune": ("masks.safetensors", *weights),
         "slim": ("dense.onnx", "masked.onnx", "slim.onnx", "slim.json"),
     }
     done: set[str] = set()
     for step in ("prune", "slim", "bench"):
-        if step not in report or not all((run / name).exists() for name in files.get(step, ())):
+        if step not in report or not all((run / name).exists() for name in written.get(step, ())):
+            break
+        if step == "bench" and theirs.bench != recipe.bench:
             break
         done.add(step)
     return done

@@ -15,6 +15,7 @@ from prune2deploy.environment import environment
 from prune2deploy.errors import InputError
 from prune2deploy.files import write_bytes, write_json
 from prune2deploy.groups import Groups
+from prune2deploy.identity import fingerprint
 from prune2deploy.masks import save_masks, save_merges, widths
 from prune2deploy.pipeline import (
     Loaded,
@@ -22,6 +23,7 @@ from prune2deploy.pipeline import (
     forget_later_steps,
     load_task,
     locked,
+    method_of,
     prune_section,
     silent,
     timed,
@@ -39,7 +41,6 @@ from prune2deploy.unfinished import (
     TrainingLog,
     Unfinished,
     entry,
-    fingerprint,
     read_log,
     write_log,
 )
@@ -72,12 +73,11 @@ def prune_network(
         InputError: if the recipe cannot be carried out, or ``checkpoints`` is another recipe's; then nothing of an
             earlier run is changed.
     """
-    from prune2deploy.methods import load_method
     from prune2deploy.train import Processes, keep_freed_memory
 
     if recipe.samples is not None:
         raise InputError(f"--samples is for ONNX files; give the images of '{recipe.network}' with --data")
-    method = load_method(recipe.method, **recipe.method_options)
+    method = method_of(recipe)
     if recipe.from_scratch and method.adds_modules:
         raise InputError(f"from_scratch needs a network that masks make smaller, and '{recipe.method}' has none")
     budget_of(recipe)  # what is wrong with it is wrong before the network is loaded
@@ -89,11 +89,11 @@ def prune_network(
     with _held(run, processes):
         unfinished = Unfinished(run / FOLDER, fingerprint(recipe))
         pruned = processes.agreed(unfinished.load) if resume else None
+        if processes.is_first and not (resume and unfinished.has_begun()):
+            unfinished.begin()
+        processes.wait()
         with _log(recipe, unfinished, pruned, processes) as log:
             task = _training_task(loaded, note, on_progress, log, unfinished)
-            if pruned is None and not resume and processes.is_first:
-                unfinished.forget_training()
-            processes.wait()
             teacher = copy.deepcopy(loaded.network.module) if recipe.finetune.distill else None
             if pruned is None:
                 pruned = _prune(method, loaded, task, processes, run)
@@ -105,6 +105,9 @@ def prune_network(
             if log is not None:
                 log.what = FINETUNING
             results = _finetune(loaded, pruned, task, teacher, unfinished, processes)
+        if recipe.finetune.idle:
+            names = ", ".join(recipe.finetune.idle)
+            pruned.warnings.append(f"{names} of fine-tuning changed nothing: there are no --finetune-epochs")
         if recipe.from_scratch and not recipe.finetune.epochs:
             pruned.warnings.append("from scratch, but without --finetune-epochs: the network was never trained")
         if method.needs_finetuning and not recipe.finetune.epochs:
@@ -133,11 +136,9 @@ def _log(
     if not processes.is_first:
         yield None
         return
-    known = []
+    known = [one for one in read_log(unfinished.folder / LOG) if "epoch" in one]
     if pruned is not None:
-        known = pruned.history + [
-            one for one in read_log(unfinished.folder / LOG) if one.get("what") == FINETUNING and "epoch" in one
-        ]
+        known = pruned.history + [one for one in known if one.get("what") == FINETUNING]
     log = TrainingLog(unfinished.folder, tensorboard=recipe.finetune.tensorboard, entries=known)
     try:
         yield log
@@ -261,6 +262,7 @@ def _chosen(
         task.note(f"training as {recipe.method} does")
         with timed(seconds, "training"):
             state = method.fit(module, groups, budget, task)
+        _count_all(seconds, "training", task.history)
     with timed(seconds, "selection"):
         task.note(f"choosing channels by {recipe.method}")
         context = Context(module, task.images(), task.holdout(), state, task.moved_images())
@@ -272,12 +274,12 @@ def _mask(loaded: Loaded, groups: Groups, planned: PruneResult, task: Task) -> l
     from prune2deploy.apply import MergeKeeper, apply_masks, fold_offsets, set_weights
 
     recipe, module, masks = loaded.recipe, loaded.network.module.to(loaded.recipe.device), planned.silent
+    warnings = []
     if recipe.from_scratch:
-        _start_anew(loaded, module)
+        warnings += _start_anew(loaded, module)
     else:
         set_weights(module, planned.weights)
-    offsets = {} if recipe.from_scratch else planned.offsets
-    skipped = fold_offsets(module, groups, masks, offsets) if offsets else []
+        warnings += fold_offsets(module, groups, masks, planned.offsets) if planned.offsets else []
     apply_masks(module, groups, masks)
     merging = MergeKeeper(module, groups, planned.merges)
     merging.after_step()
@@ -285,7 +287,7 @@ def _mask(loaded: Loaded, groups: Groups, planned: PruneResult, task: Task) -> l
         task.note("measuring the norms' statistics anew")
         task.recalibrate(module)
         merging.after_step()
-    return list(skipped)
+    return warnings
 
 
 def _finetune(
@@ -315,9 +317,15 @@ def _finetune(
                 checkpoint=unfinished.folder,
                 fingerprint=unfinished.fingerprint,
             )
+        _count_all(pruned.seconds, "finetune", results)
         pruned.accuracy["finetuned"] = _accuracy(loaded, "finetuned", task, processes, pruned.seconds)
     module.to("cpu")
     return results
+
+
+def _count_all(seconds: dict[str, float], name: str, epochs: list[EpochResult]) -> None:
+    """Count in what a training that goes on took before it was killed."""
+    seconds[name] = max(seconds[name], round(sum(result.seconds for result in epochs), 3))
 
 
 def _settings(recipe: Recipe, teacher: nn.Module | None) -> dict[str, Any]:
@@ -343,26 +351,41 @@ def _settings(recipe: Recipe, teacher: nn.Module | None) -> dict[str, Any]:
     return settings | {"loss": loss}
 
 
-def _start_anew(loaded: Loaded, module: nn.Module) -> None:
-    """Give the network the weights of one that was never trained: the control that pruning must beat."""
+def _start_anew(loaded: Loaded, module: nn.Module) -> list[str]:
+    """Give the network the weights of one that was never trained: the control that pruning must beat.
+
+    A user's factory may load trained weights: those that two seeds give alike. Their layers are reset.
+
+    Returns:
+        A warning, where parameters keep what the factory gave them.
+    """
     import torch
 
     from prune2deploy.networks import load_network
 
     recipe = loaded.recipe
-    fresh = load_network(
-        recipe.network,
-        num_classes=loaded.data.num_classes,
-        in_channels=loaded.data.in_channels,
-        input_shape=recipe.input_shape or loaded.data.input_shape,
-        seed=recipe.seed,
-    ).module
+
+    def built(seed: int) -> nn.Module:
+        return load_network(
+            recipe.network,
+            num_classes=loaded.data.num_classes,
+            in_channels=loaded.data.in_channels,
+            input_shape=recipe.input_shape or loaded.data.input_shape,
+            seed=seed,
+        ).module
+
+    fresh, other = built(recipe.seed), dict(built(recipe.seed + 1).named_parameters())
+    own = dict(fresh.named_parameters())
+    trained = [name for name, each in own.items() if each.equal(other[name]) and (each != each.ravel()[:1]).any()]
+    owners = {name: fresh.get_submodule(name.rpartition(".")[0]) for name in trained}
+    resets = {name: getattr(owner, "reset_parameters", None) for name, owner in owners.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        for part in fresh.modules() if ".py:" in recipe.network else ():  # a user's factory may load trained weights
-            if callable(reset := getattr(part, "reset_parameters", None)):
-                reset()
+        for reset in filter(callable, resets.values()):
+            reset()
+    kept = [name for name, reset in resets.items() if not callable(reset)]
     module.load_state_dict(fresh.state_dict())
+    return [f"from scratch, but {', '.join(kept)} keep what the factory gave them: nothing resets them"] if kept else []
 
 
 def _accuracy(loaded: Loaded, name: str, task: Task, processes: Processes, seconds: dict[str, float]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def prune_onnx(recipe: Recipe, run: Path, *, note: Note = silent) -> None:
     from prune2deploy.graph.recalibrate import norms_of
 
     source = Path(recipe.network)
-    method = load_method(recipe.method, **recipe.method_options)
+    method = pipeline.method_of(recipe)
     pipeline.budget_of(recipe)  # what is wrong with it is wrong before the file is read
     _require_possible(recipe, method, run)
     note("reading the file")

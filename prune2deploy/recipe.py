@@ -32,7 +32,7 @@ def _floor(value: Any) -> Any:
 
 
 Whole = Annotated[int, Field(strict=True)]
-Real = Annotated[float, Field(strict=True)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Switch = Annotated[bool, Field(strict=True)]
 Multiple = Annotated[int | str, PlainValidator(_round_to)]
 """A number, or the precision whose multiple is wanted: see `rounding.multiple_of`."""
@@ -56,7 +56,7 @@ class FineTuning(Strict):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Real = Field(default=0.05, gt=0)
     momentum: Real = Field(default=0.9, ge=0, lt=1)
-    batch_size: Whole = Field(default=128, ge=1)
+    batch_size: Whole = Field(default=128, ge=2)
     weight_decay: Real = Field(default=5e-4, ge=0)
     warmup_epochs: Real | None = Field(default=None, ge=0)
     label_smoothing: Real = Field(default=0.0, ge=0, lt=1)
@@ -67,6 +67,15 @@ class FineTuning(Strict):
     temperature: Real = Field(default=4.0, gt=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     tensorboard: Switch = False
+
+    @property
+    def idle(self) -> list[str]:
+        """What is set and changes nothing, since there are no epochs; some settings are of a method's training too."""
+        usual = FineTuning(optimizer=self.optimizer)
+        others = ("momentum", "warmup_epochs", "label_smoothing", "ema", "gradient_clipping", "distill")
+        names = ("optimizer", "learning_rate", "batch_size", "weight_decay", *others)
+        reference = {name: getattr(usual, name) for name in names} | {"optimizer": "sgd"}
+        return [] if self.epochs else [name for name in names if getattr(self, name) != reference[name]]
 
     @model_validator(mode="before")
     @classmethod
@@ -196,5 +205,7 @@ def first_problem(error: ValidationError, where: str, wanted: type[BaseModel] = 
     if problem["type"] == "extra_forbidden":
         known = ", ".join(sorted(wanted.model_fields))
         return f"{where} has an unknown key '{place}'; the keys are {known}, and those of the tables in it"
+    if problem["type"] == "missing":
+        return f"{where} lacks the key '{place}'"
     reason = problem["msg"].removeprefix("Value error, ")  # what a check of ours says is a sentence of its own
     return one_line(f"{where}: '{place}' is {problem.get('input')!r}, which does not fit: {reason}")

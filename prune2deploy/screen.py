@@ -43,6 +43,7 @@ class Live:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=None, detail="")
+        self._counts = False
 
     @contextmanager
     def shown(self) -> Iterator["Live"]:
@@ -57,8 +58,12 @@ class Live:
             logger.removeHandler(said)
 
     def note(self, text: str) -> None:
-        """Say what happens now."""
-        self._progress.reset(self._task, total=None, description=text, detail="")
+        """Say what happens now; a count of trials or groups, of which it is a part, stays."""
+        if self._counts:
+            self._progress.update(self._task, description=text)
+            return
+        self._progress.remove_task(self._task)  # to reset it would leave the total of what is over
+        self._task = self._progress.add_task(text, total=None, detail="")
 
     def training(self, at: Any) -> None:
         """Show a training step (`train.Progress`)."""
@@ -70,10 +75,12 @@ class Live:
 
     def trials(self, done: int, total: int) -> None:
         """Show how many trials of a comparison are done, of those known so far."""
+        self._counts = True
         self._progress.update(self._task, total=total, completed=done, detail=f"trial {done}/{total}")
 
     def groups(self, done: int, total: int) -> None:
         """Show how many groups were pruned alone."""
+        self._counts = True
         self._progress.update(self._task, total=total, completed=done, detail=f"{done}/{total} groups done")
 
     def rounds(self, done: int, total: int) -> None:
@@ -100,7 +107,8 @@ def proof_lines(verify: Mapping[str, Any], graphs: str) -> RenderableType:
     worst = max(verify["outputs"], key=lambda one: one["relative"], default=None)
     text = f"proof: {graphs} agree on {verify['cases']} kinds of input"
     if worst is not None:
-        text += f"; largest difference {worst['difference']:.1e} (limit {worst['limit']:.1e})"
+        allowed = f"{worst['limit']:.1e} allowed ({verify['rtol']:.0e} of the channel's scale)"
+        text += f"; largest difference {worst['difference']:.1e}, {allowed}"
     return Group(Text(text), *(Text(f"note: {caveat}", style="yellow") for caveat in caveats(verify)))
 
 
@@ -313,8 +321,10 @@ def value_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """Return a plain table."""
-    table = Table(*columns)
+    """Return a plain table; what does not fit is folded, never cut off."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # as Text, so that [brackets] are not taken for styles
     return table

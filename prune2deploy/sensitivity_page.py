@@ -76,6 +76,13 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def basis(found: Mapping[str, Any]) -> str:
+    """Return what the floors keep: the accuracy that the network has whole, but for the tolerance."""
+    whole = f"{percent_text(found['reference']['top1'])} with its norms measured anew" if found["recalibrate"] else ""
+    whole = whole or percent_text(found["dense"]["top1"])
+    return f"the whole network's top-1 of {whole}, but for {100 * found['tolerance']:g} points"
+
+
 def _tiles(found: Mapping[str, Any]) -> Html:
     narrowest = [(one["points"][-1]["top1"], one["id"]) for one in found["groups"]]
     share = f"without {100 * found['shares'][-1]:g} % of its channels"

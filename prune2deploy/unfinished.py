@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prune2deploy import __version__
 from prune2deploy.errors import InputError, one_line
-from prune2deploy.files import read_json, require_file, sha256, write_bytes
+from prune2deploy.files import read_json, require_file, write_bytes, write_json
 from prune2deploy.groups import Groups
 from prune2deploy.masks import load_masks, load_merges, save_masks, save_merges
-from prune2deploy.recipe import Recipe
 from prune2deploy.report import plain
 
 if TYPE_CHECKING:
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from prune2deploy.train import EpochResult
 
 FOLDER = "checkpoints"
+BEGUN = "begun.json"
+"""Whose folder it is; written first."""
 FILE = "pruned.json"
 """Written last, so where it is, the others are whole."""
 
@@ -73,18 +73,9 @@ NOTES = ("source_map", "accuracy", "history", "seconds", "warnings", "report")
 """The parts of `Pruned` that are JSON values."""
 
 
-def fingerprint(recipe: Recipe) -> dict[str, Any]:
-    """Return what must be the same for a training to be gone on with: all of a recipe but how latency is measured."""
-    values = recipe.model_dump(mode="json", exclude={"bench"})
-    finetune = {f"finetune.{name}": value for name, value in values.pop("finetune").items()}
-    weights = sha256(require_file(Path(recipe.weights), "a weights file")) if recipe.weights else None
-    first = {name: values.pop(name) for name in ("method", "method_options", "network", "target")}
-    return {**first, "version": __version__, **values, **finetune, "the content of its weights": weights}
-
-
 @dataclass(frozen=True)
 class Unfinished:
-    """The folder of a run whose masks are chosen.
+    """The folder of a run that is being pruned.
 
     Attributes:
         folder: ``RUN/checkpoints``.
@@ -94,41 +85,39 @@ class Unfinished:
     folder: Path
     fingerprint: Mapping[str, Any]
 
+    def begin(self) -> None:
+        """Empty the folder and write whose it is: what lies in it from now on is this recipe's."""
+        self.remove()
+        write_json(self.folder / BEGUN, plain({"fingerprint": self.fingerprint}))
+
     def save(self, pruned: Pruned) -> None:
-        """Write a masked network in place of whatever the folder held; the log of its training stays."""
+        """Write a masked network."""
         from prune2deploy.networks import save_weights
 
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in (LOG, EVENTS, METHOD):
-                path.unlink()
         write_bytes(self.folder / "analysis.onnx", pruned.analysis)
         pruned.groups.save(self.folder / "groups.json")
         save_masks(pruned.keep, self.folder / "masks.safetensors")
         save_merges(pruned.merges, self.folder / "merges.safetensors")
         save_weights(pruned.dense, self.folder / "dense.safetensors")
         save_weights(pruned.weights, self.folder / "weights.safetensors")
-        document = {name: getattr(pruned, name) for name in NOTES} | {"fingerprint": self.fingerprint}
+        document = {name: getattr(pruned, name) for name in NOTES}
         write_bytes(self.folder / FILE, json.dumps(plain(document), sort_keys=True).encode())
 
     def load(self) -> Pruned | None:
-        """Return the masked network; None if there is none.
+        """Return the masked network; None if there is none yet.
 
         Raises:
-            InputError: if it is damaged, or of another recipe or version.
+            InputError: if it is damaged, or the folder is of another recipe or version.
         """
         from prune2deploy.networks.weights import read_safetensors
         from prune2deploy.train.checkpoints import require_same
 
+        if not self.has_begun():
+            return None
+        require_same(self._part(BEGUN, "fingerprint")["fingerprint"], plain(self.fingerprint), self.folder / BEGUN)
         if not (self.folder / FILE).exists():
             return None
-        document = read_json(self.folder / FILE)
-        try:
-            theirs, notes = document["fingerprint"], {name: document[name] for name in NOTES}
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"'{self.folder / FILE}' does not say what was pruned ({one_line(error, 80)}); remove '{self.folder}'"
-            ) from error
-        require_same(theirs, plain(self.fingerprint), self.folder / FILE)
+        notes = self._part(FILE, *NOTES)
         return Pruned(
             analysis=require_file(self.folder / "analysis.onnx", "the analysis of a run").read_bytes(),
             groups=Groups.load(self.folder / "groups.json"),
@@ -139,16 +128,24 @@ class Unfinished:
             **notes,
         )
 
-    def is_of_this_recipe(self) -> bool:
-        """Return whether the folder holds a masked network of this recipe."""
-        if not (self.folder / FILE).exists():
-            return False
-        document = read_json(self.folder / FILE)
-        return isinstance(document, dict) and document.get("fingerprint") == plain(self.fingerprint)
+    def has_begun(self) -> bool:
+        """Return whether the folder is that of a run which is being pruned."""
+        return (self.folder / BEGUN).exists()
 
-    def forget_training(self) -> None:
-        """Remove where the method's own training stood: it begins anew."""
-        shutil.rmtree(self.folder / METHOD, ignore_errors=True)
+    def is_of_this_recipe(self) -> bool:
+        """Return whether a run of this recipe is being pruned."""
+        theirs = read_json(self.folder / BEGUN) if self.has_begun() else None
+        return isinstance(theirs, dict) and theirs.get("fingerprint") == plain(self.fingerprint)
+
+    def _part(self, file: str, *keys: str) -> dict[str, Any]:
+        """Return these entries of a JSON file in the folder."""
+        document = read_json(self.folder / file)
+        try:
+            return {key: document[key] for key in keys}
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"'{self.folder / file}' does not say what was pruned ({one_line(error, 80)}); remove '{self.folder}'"
+            ) from error
 
     def remove(self) -> None:
         """Remove the folder: its training is over."""
@@ -181,6 +178,7 @@ class TrainingLog:
     def __init__(self, folder: Path, *, tensorboard: bool, entries: list[dict[str, Any]]) -> None:
         self.what = "method"
         self.entries = list(entries)
+        self._goes_on = False
         self._folder = folder
         self._open = _event_writer() if tensorboard else None
         self._writer: Any = None
@@ -190,8 +188,9 @@ class TrainingLog:
     def note(self, result: EpochResult) -> None:
         """Write down an epoch."""
         new = entry(self.what, result)
-        if self.what == FINETUNING:  # one that was begun, and is now done again after a kill
-            self.entries = [one for one in self.entries if one["what"] != FINETUNING or one["epoch"] < result.epoch]
+        if not self._goes_on:  # what is known of this epoch and later ones is done again after a kill
+            self._goes_on = True
+            self.entries = [one for one in self.entries if one["what"] != self.what or one["epoch"] < result.epoch]
         self.entries.append(new)
         write_log(self._folder / LOG, self.entries)
         if self._open is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 from command_line import DIGITS, ENVIRONMENT, ROOT, command, done, p2d, p2d_process, quick_bench, refused, small_network
+from safetensors.torch import load_file
 
 from prune2deploy import __version__, cli
 from prune2deploy.backends import BACKENDS
@@ -290,6 +291,55 @@ def test_prune_from_scratch_starts_from_new_weights_and_says_when_they_stay_so(t
     assert new["accuracy"]["pruned"]["top1"] < 0.4
     assert any("never trained" in text for text in new["warnings"])
     assert not any("never trained" in text for text in kept["warnings"])
+
+
+FACTORIES = """
+from pathlib import Path
+import torch
+from torch import nn
+from net import Small
+
+class Own(Small):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        nn.init.constant_(self.norm.weight, 0.75)
+        nn.init.normal_(self.stem.weight, std=7.0)
+        self.zeros = nn.Parameter(torch.zeros(2, 2))
+        self.table = nn.Parameter(torch.arange(4.0))
+
+def own(num_classes):
+    return Own(num_classes)
+
+def trained(num_classes):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return Own(num_classes)
+"""
+
+
+def test_from_scratch_is_what_the_factory_draws_and_trained_weights_are_reset(tmp_path: Path) -> None:
+    small_network(tmp_path)
+    (tmp_path / "factories.py").write_text(FACTORIES)
+    deviations, warnings = {}, {}
+    for name in ("own", "trained"):
+        spec, run = f"{tmp_path / 'factories.py'}:{name}", tmp_path / name
+        done("prune", spec, "--from-scratch", "--keep", "stem*", "--target", "macs=0.8", "-o", run)
+        deviations[name] = float(load_file(run / "weights.safetensors")["stem.weight"].std())
+        warnings[name] = json.loads((run / "report.json").read_text())["prune"]["warnings"]
+    assert deviations["own"] > 5, "the factory's own initialisation"
+    assert deviations["trained"] < 1, "the same for every seed, so it was loaded, and is drawn anew"
+    for said in warnings.values():
+        assert any("gain, table keep what the factory gave" in text for text in said), "nothing resets them"
+
+
+def test_the_seed_reaches_the_method_unless_its_options_have_one(tmp_path: Path) -> None:
+    spec = small_network(tmp_path)
+    masks = {}
+    for name, words in {"0": (), "1": ("--seed", 1), "own": ("--seed", 1, "--option", "seed=0")}.items():
+        done("prune", spec, "--method", "random", *words, "-o", tmp_path / name)
+        masks[name] = load_masks(tmp_path / name / "masks.safetensors")
+    assert any((masks["0"][group] != masks["1"][group]).any() for group in masks["0"])
+    assert all((masks["0"][group] == masks["own"][group]).all() for group in masks["0"])
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------

@@ -10,9 +10,13 @@ import pytest
 from command_line import done, p2d, refused, small_network
 
 from prune2deploy import compare as comparing
-from prune2deploy import comparison, workers
-from prune2deploy.compare import CompareRecipe, Planned, compare, load_compare_recipe, plan, portable
+from prune2deploy import comparison, pipeline, workers
+from prune2deploy.compare import CompareRecipe, Planned, compare, load_compare_recipe, plan
 from prune2deploy.errors import DeviceError
+from prune2deploy.identity import portable
+from prune2deploy.methods.l1 import L1
+from prune2deploy.methods.random import Random
+from prune2deploy.pipeline import method_of
 from prune2deploy.recipe import Recipe
 from prune2deploy.train.loop import _Training
 
@@ -65,8 +69,8 @@ def test_trials_are_all_methods_targets_and_seeds_and_a_seed_reaches_methods_tha
     assert {one.name for one in known} >= {"l1-macs=0.5-s0", "random-params=0.5-s7"}
     assert not any(one.control for one in known)
     by_name = {one.name: one.recipe for one in known}
-    assert by_name["random-macs=0.5-s7"].method_options == {"seed": 7}
-    assert by_name["l1-macs=0.5-s7"].method_options == {}
+    assert method_of(by_name["random-macs=0.5-s7"]) == Random(seed=7)
+    assert method_of(by_name["l1-macs=0.5-s7"]) == L1()
     assert by_name["l1-macs=0.5-s7"].seed == 7
 
 
@@ -116,10 +120,41 @@ def test_the_network_from_scratch_trains_as_long_as_method_and_fine_tuning_toget
     assert comparison.control_accuracy(trained[csgd.name], "random", trained.values()) == 0.2
 
 
+def test_trials_of_two_targets_that_come_to_equal_widths_share_their_controls_too() -> None:
+    recipe = CompareRecipe(methods=("bn",), targets=("macs=0.5", "params=0.4"), recipe=SHARED)
+    known = plan(recipe, {})
+    trained = {one.name: finished(one.name, one, "k") for one in known}
+    for order in (known, known[::-1]):
+        first = {order[0].name: trained[order[0].name]}
+        early, late = ([one for one in plan(recipe, some) if one.control] for some in (first, trained))
+        assert [(one.name, one.recipe) for one in early] == [(one.name, one.recipe) for one in late]
+
+
 def test_a_dynamic_network_has_no_controls_of_its_widths() -> None:
     recipe = CompareRecipe(methods=("bn",), recipe=SHARED)
     (main,) = plan(recipe, {})
     assert len(plan(recipe, {main.name: finished(main.name, main, "k", controls=False)})) == 1
+
+
+def test_a_time_that_is_no_success_says_so() -> None:
+    recipe = CompareRecipe(methods=("bn",), recipe=SHARED)
+    (main,) = plan(recipe, {})
+    trial = finished(main.name, main, "k", dynamic_macs=None, seconds={}, macs={"dense": 2, "pruned": 1})
+    trial |= {"parameters": trial["macs"]}
+    measured = {"ratio": 1.2, "low": 1.1, "high": 1.3}
+    for verdict, shown in (("slower", "1.200 [1.100, 1.300] (slower)"), ("faster", "1.200 [1.100, 1.300]")):
+        (row,) = comparison.rows([trial], {"k": measured | {"verdict": verdict}})
+        assert comparison.cells(row)[-1] == shown
+
+
+@pytest.mark.parametrize("field", ["methods", "targets", "seeds", "controls"])
+def test_what_is_there_twice_is_refused_since_it_would_count_as_two(field: str, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    value = {"methods": '["l1", "l1"]', "targets": '["macs=0.6", "macs=0.6"]', "seeds": "[0, 0]"}
+    line = f"{field} = " + value.get(field, '["random", "random"]')
+    kept = [one for one in path.read_text().splitlines() if not one.startswith(field)]
+    path.write_text("\n".join([line, *kept]))
+    refused(p2d("compare", path, "-o", tmp_path / "out"), 2, str(path), field, "is there twice")
 
 
 def test_the_front_holds_what_none_beats_in_cost_and_accuracy() -> None:
@@ -143,6 +178,9 @@ def test_a_row_has_means_and_deviation_over_seeds_and_says_whether_random_is_bea
     assert row["random_control"] == pytest.approx(0.85)
     assert row["beats_random"] is False
     assert row["scratch_control"] is None
+    assert comparison.cells(row)[5] == "85.00 % (not beaten)"
+    (few,) = comparison.rows([one for one in trials if not (one["control"] and one["seed"] == 1)], {})
+    assert comparison.cells(few)[5] == "85.00 % (1 of 2 seeds) (not beaten)", "the seed that beats it has no control"
     (itself,) = comparison.rows([{**one, "method": "random"} for one in trials if not one["control"]], {})
     assert itself["beats_random"] is None
     text = comparison.markdown([row], [], "fine-tuned")
@@ -229,6 +267,62 @@ def test_a_second_call_runs_nothing_and_an_interrupted_one_goes_on(
     assert len(ran) == len(set(ran)) == 4 + 2
     compare(recipe, tmp_path / "out", bench=False)
     assert len(ran) == 6
+
+
+def test_trials_of_other_files_are_not_mixed_with_these(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, '["l1"]', "controls = []")
+    done("compare", path, "--no-bench", "-o", tmp_path / "out")
+    before = documents(tmp_path / "out")
+    with (tmp_path / "net.py").open("a") as network:
+        network.write("\n# it may compute something else now\n")
+    says = (str(tmp_path / "out"), "was made from other files", "remove", "another -o")
+    refused(p2d("compare", path, "--no-bench", "-o", tmp_path / "out"), 2, *says)
+    assert documents(tmp_path / "out") == before
+
+
+def test_how_time_is_measured_may_change_and_only_that_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, '["l1"]', "controls = []")
+    path.write_text(path.read_text().replace("[0, 1]", "[0]"))
+    wrong = path.read_text().replace("[recipe.bench]", '[recipe.bench]\nbackend = "nonsense"')
+    (tmp_path / "wrong.toml").write_text(wrong)
+    refused(p2d("compare", tmp_path / "wrong.toml", "-o", tmp_path / "out"), 2, "nonsense")
+    assert not (tmp_path / "out").exists(), "said before the work, not after it"
+    done("compare", path, "-o", tmp_path / "out")
+    first = json.loads((tmp_path / "out" / "latency.json").read_text())
+    monkeypatch.setattr(comparing, "run_trial", lambda *_, **__: pytest.fail("a trial was run again"))
+    monkeypatch.setattr(pipeline, "bench", lambda *_, **__: pytest.fail("a graph was timed again"))
+    done("compare", path, "-o", tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(comparing, "run_trial", lambda *_, **__: pytest.fail("a trial was run again"))
+    path.write_text(path.read_text().replace("iterations = 20", "iterations = 21"))
+    done("compare", path, "-o", tmp_path / "out")
+    again = json.loads((tmp_path / "out" / "latency.json").read_text())
+    assert again.keys() == first.keys()
+    assert {one["settings"]["iterations"] for one in again.values()} == {21}
+    (graph,) = [one for one in (tmp_path / "out" / "graphs").iterdir() if one.stem != "dense"]
+    graph.write_bytes((tmp_path / "out" / "graphs" / "dense.onnx").read_bytes())
+    done("compare", path, "--no-bench", "-o", tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert row["latency"] is None, "the time is that of a graph that has been replaced"
+
+
+def test_a_mistake_in_one_trial_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_compare_recipe(write_recipe(tmp_path, '["l1", "bn"]', "controls = []"))
+    run_trial = comparing.run_trial
+
+    def broken(planned: Planned, folder: str, *, graph: bool) -> dict[str, Any]:
+        if planned.name == "l1-macs=0.6-s0":
+            raise ZeroDivisionError("nobody foresaw this")
+        return run_trial(planned, folder, graph=graph)
+
+    monkeypatch.setattr(comparing, "run_trial", broken)
+    with pytest.raises(RuntimeError, match=r"(?s)1 of 4 trials failed.*by a bug.*ZeroDivisionError: nobody foresaw"):
+        compare(recipe, tmp_path / "out", bench=False)
+    assert documents(tmp_path / "out").keys() == {"l1-macs=0.6-s1", "bn-macs=0.6-s0", "bn-macs=0.6-s1"}
+    table = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert table["failed"] == {"l1-macs=0.6-s0": "ZeroDivisionError: nobody foresaw this"}
 
 
 def test_a_trial_that_was_interrupted_goes_on_after_its_last_epoch(

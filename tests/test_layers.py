@@ -33,7 +33,7 @@ def names(text: str = "") -> frozenset[str]:
 
 BASE = (
     *("__init__", "errors", "files", "masks", "cost", "groups", "rounding", "report", "environment", "recipe"),
-    *("silence", "plugins"),
+    *("silence", "plugins", "identity"),
 )
 PAGE = ("markup", "findings", "figures")
 ANY = ("",)
@@ -53,6 +53,7 @@ TABLE = {
     "silence": Row(BASE, names("numpy")),
     "plugins": Row(BASE),
     "recipe": Row(BASE, names("numpy pydantic tomli_w")),
+    "identity": Row(BASE),
     # the torch column
     "networks": Row((*BASE, "networks"), names("numpy torch safetensors"), TORCH_LAZY),
     "data": Row((*BASE, "networks", "data"), names("numpy torch"), TORCH_LAZY),

@@ -17,10 +17,12 @@ import torch
 from command_line import ENVIRONMENT, done, p2d, refused, small_network, write_small_recipe
 from onnx import numpy_helper
 
+from prune2deploy import narrow
 from prune2deploy.apply import apply_masks, weights_of
 from prune2deploy.budget import Budget, Target
 from prune2deploy.data import load_data, normalise
 from prune2deploy.exporter import export_network
+from prune2deploy.files import sha256
 from prune2deploy.graph.groups import find_groups
 from prune2deploy.graph.rewrite import remove_dead_channels
 from prune2deploy.graph.verify import verify
@@ -28,7 +30,7 @@ from prune2deploy.groups import SILENCED_ROLES, Groups
 from prune2deploy.masks import load_masks, widths
 from prune2deploy.methods import load_method
 from prune2deploy.networks import NETWORKS, load_network, load_weights
-from prune2deploy.pipeline import normal_form, prune
+from prune2deploy.pipeline import NARROW, normal_form, prune
 from prune2deploy.recipe import load_recipe
 
 FILES = {
@@ -291,6 +293,57 @@ def test_resume_refuses_a_run_of_another_recipe(own: Path, tmp_path: Path) -> No
     other = write_small_recipe(tmp_path / "other", 'keep = ["point.*"]')
     refused(p2d("run", other, "-o", own, "--resume"), 2, str(own), "another recipe", "--resume")
     assert {path: path.read_bytes() for path in own.rglob("*") if path.is_file()} == before
+
+
+def test_resume_refuses_a_run_of_files_that_have_changed(tmp_path: Path) -> None:
+    network = small_network(tmp_path)
+    call = ("prune", network, "-o", tmp_path / "run")
+    done(*call)
+    assert report(tmp_path / "run")["prune"]["contents"] == {"network": sha256(tmp_path / "net.py")}
+    done(*call, "--resume")
+    with (tmp_path / "net.py").open("a") as code:
+        code.write("# it may compute something else now\n")
+    refused(p2d(*call, "--resume"), 2, str(tmp_path / "run"), "files that have changed", "--resume")
+
+
+def test_resume_with_another_measurement_only_measures_anew(own: Path) -> None:
+    before = {name: (own / name).stat().st_mtime_ns for name in ("masks.safetensors", "dense.onnx", "slim.onnx")}
+    recipe = own.parent / "other.toml"
+    recipe.write_text((own / "recipe.toml").read_text().replace("iterations = 20", "iterations = 22"))
+    done("run", recipe, "-o", own, "--resume")
+    assert {name: (own / name).stat().st_mtime_ns for name in before} == before
+    assert report(own)["bench"]["iterations"] == 22
+    assert load_recipe(own / "recipe.toml").bench.iterations == 22
+
+
+def test_a_folder_of_other_files_is_left_alone(small: Path, tmp_path: Path) -> None:
+    for name in ("checkpoints/best.pt", "tensorboard/events", "samples/some.json", "recipe.toml", "log.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    network = load_recipe(small / "recipe.toml").network
+    for call in (("prune", network), ("run", small / "recipe.toml"), ("prune", small / "dense.onnx")):
+        refused(p2d(*call, "-o", tmp_path), 2, str(tmp_path), "not a run", "other files", "another -o")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_without_its_lock_is_one_all_the_same(own: Path) -> None:
+    (own / "lock").unlink()
+    done("prune", load_recipe(own / "recipe.toml").network, "--target", "macs=0.8", "-o", own)
+
+
+def test_what_a_user_keeps_beside_the_narrow_network_stays(own: Path) -> None:
+    done("export", own, "--torch")
+    (own / "narrow" / "finetuned.pt").write_text("precious")
+    (own / "narrow" / "logs").mkdir()
+    done("export", own, "--torch")
+    assert {path.name for path in (own / "narrow").iterdir()} >= {*NARROW, "finetuned.pt", "logs"} - {"groups.json"}
+    done("prune", load_recipe(own / "recipe.toml").network, "-o", own)
+    assert {path.name for path in (own / "narrow").iterdir()} == {"finetuned.pt", "logs"}
+
+
+def test_what_the_narrow_network_is_written_as_is_what_is_removed() -> None:
+    assert set(NARROW) == {narrow.MANIFEST, narrow.WEIGHTS, narrow.GROUPS}
 
 
 def test_pruning_anew_leaves_nothing_of_the_earlier_run(own: Path) -> None:

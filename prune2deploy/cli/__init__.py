@@ -16,6 +16,10 @@ from prune2deploy.errors import P2DError, one_line
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+_INTERRUPTED = (
+    "interrupted; files that were being written keep their earlier contents ('prune' and 'run' go on with --resume, "
+    "'compare' and 'sensitivity' by themselves)"
+)
 
 app = typer.Typer(
     name="p2d",
@@ -44,7 +48,7 @@ def main() -> None:
         _fail(f"the disk is full ({error.filename or 'while writing'}); free some space and run it again", 2)
     except SystemExit as ending:
         if ending.code == INTERRUPTED:
-            _fail("interrupted; files that were being written keep their earlier contents", INTERRUPTED)
+            _fail(_INTERRUPTED, INTERRUPTED)
         raise
 
 

@@ -16,6 +16,7 @@ Shapes = Annotated[
     list[str] | None,
     typer.Option("--input", metavar="NAME:SHAPE", help="Shape of an input with dynamic axes, as input:1,3,224,224."),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last whole step, or epoch.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 5 if nothing was removed or it is not faster.")]
 Weights = Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or .pt with tensors only.")]
 DataSpec = Annotated[str, typer.Option(help="digits, cifar10:DIR, cifar100:DIR, imagefolder:DIR or FILE.py:FACTORY.")]

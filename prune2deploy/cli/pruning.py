@@ -13,6 +13,7 @@ from prune2deploy.cli.options import (
     Mean,
     MethodOptions,
     Out,
+    Resume,
     SampleShape,
     Seed,
     Std,
@@ -72,7 +73,7 @@ def prune(
     learning_rate: Annotated[
         float | None, typer.Option(help="Highest of fine-tuning; 0.05 unless given, 0.001 with adamw.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images a training step.")] = 128,
     optimizer: Annotated[str, typer.Option(help="Of fine-tuning: sgd or adamw.")] = "sgd",
     weight_decay: Annotated[float, typer.Option(help="Of convolutions and linear layers.")] = 5e-4,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target that all classes get.")] = 0.0,
@@ -94,6 +95,7 @@ def prune(
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1.")] = "cpu",
     threads: Threads = None,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Choose the channels to remove, mask them, fine-tune, and write masks and weights to RUN.
@@ -145,7 +147,7 @@ def prune(
     if widths_of is not None:
         recipe = recipe.model_copy(update={"widths": pipeline.widths_of_run(widths_of, recipe.network)})
     with progress() as live:
-        pipeline.prune(recipe, run, note=live.note, on_progress=live.training)
+        pipeline.prune(recipe, run, resume=resume, note=live.note, on_progress=live.training)
     if not ranks.is_first():
         return
     emit({"prune": read_report(run)["prune"]}, run_summary(run), as_json=as_json)
@@ -235,7 +237,7 @@ def sensitivity(
     from prune2deploy.recipe import make_recipe, resolved
     from prune2deploy.screen import plain_table
     from prune2deploy.sensitivity import NAME, Survey, measure_sensitivity
-    from prune2deploy.sensitivity_page import head, rows, write_sensitivity
+    from prune2deploy.sensitivity_page import basis, head, rows, write_sensitivity
 
     survey = Survey(parse_numbers("--shares", shares) or (), images, recalibrate, tolerance)
     recipe = make_recipe(
@@ -253,5 +255,6 @@ def sensitivity(
         live.note("writing the page")
         write_sensitivity(found, target / "sensitivity.html")
     emit({"sensitivity": found}, plain_table(head(found), rows(found)), as_json=as_json)
+    say(f"floors: the smallest widths that keep {basis(found)}", as_json=as_json)
     say(f"page: {target / 'sensitivity.html'}", as_json=as_json)
-    say(f"floors: p2d prune {network} ... --floors {target / NAME}", as_json=as_json)
+    say(f"next: p2d prune {network} ... --floors {target / NAME}", as_json=as_json)

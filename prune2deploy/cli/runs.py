@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from prune2deploy import ranks
-from prune2deploy.cli.options import Json, Out, Run, Strict
+from prune2deploy.cli.options import Json, Out, Resume, Run, Strict
 from prune2deploy.cli.output import emit, out, progress, say
 from prune2deploy.errors import InputError, StrictError
 
@@ -53,7 +53,7 @@ def export(
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="A recipe, such as RUN/recipe.toml.")],
     target: Out,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole step, or epoch.")] = False,
+    resume: Resume = False,
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:

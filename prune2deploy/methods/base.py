@@ -91,7 +91,9 @@ class Context:
             InputError: if there is none of either, in the name of the method that needs them.
         """
         if self.module is None or self.images is None:
-            raise InputError(f"method '{method}' needs images, and a network that runs on them; give --data, or in Python calibration=")
+            raise InputError(
+                f"method '{method}' needs images, and a network that runs on them; give --data (Python: calibration=)"
+            )
         return self.module, self.images
 
 

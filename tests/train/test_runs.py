@@ -120,6 +120,43 @@ def test_a_method_that_was_killed_while_it_trained_goes_on_too_and_ends_with_the
 
 
 @pytest.mark.slow
+def test_a_method_that_was_killed_in_the_run_of_another_recipe_goes_on_too(tmp_path: Path) -> None:
+    done("run", recipe_of(tmp_path / "first", 1), "-o", tmp_path / "run")
+    recipe = recipe_of(tmp_path / "other", 1, head=CSGD)
+    kill_while_training(recipe, tmp_path / "run", "method")
+    began = len(log(tmp_path / "run" / "checkpoints"))
+    done("run", recipe, "-o", tmp_path / "run", "--resume")
+    lines = [one for one in log(tmp_path / "run") if one["what"] == "method"]
+    assert [one["epoch"] for one in lines] == list(range(1, 26))
+    assert 1 <= began < 25
+    spent = sum(one["seconds"] for one in lines)
+    assert report(tmp_path / "run")["prune"]["seconds"]["training"] >= round(spent, 3), "before the kill, too"
+
+
+@pytest.mark.slow
+def test_an_interrupted_prune_says_how_it_goes_on_and_does(tmp_path: Path) -> None:
+    call = ("prune", small_network(tmp_path), "--finetune-epochs", EPOCHS, "-o", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "training.safetensors"
+    with subprocess.Popen(
+        command(*call), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        while process.poll() is None and not checkpoint.exists():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.decode().splitlines()[-1].startswith("p2d: interrupted;")
+    assert "--resume" in said.decode()
+    began = len(log(tmp_path / "run" / "checkpoints"))
+    done(*call, "--resume")
+    assert 1 <= began < EPOCHS
+    assert [one["epoch"] for one in log(tmp_path / "run")] == list(range(1, EPOCHS + 1))
+    written = (tmp_path / "run" / "weights.safetensors").stat().st_mtime_ns
+    done(*call, "--resume")
+    assert (tmp_path / "run" / "weights.safetensors").stat().st_mtime_ns == written, "there was nothing left to do"
+
+
+@pytest.mark.slow
 def test_what_a_method_trained_and_then_refused_to_choose_by_is_kept(tmp_path: Path) -> None:
     options = "method_options = {epochs = 4, learning_rate = 0.1, strength = 5.0, vector_strength = 1.0}"
     recipe = recipe_of(tmp_path, 1, head=('method = "csgd"', options))
@@ -156,15 +193,15 @@ def test_resume_refuses_the_training_of_another_recipe(
     text = (killed / "recipe.toml").read_text().replace("net.py", str(killed / "net.py"))
     (tmp_path / "other.toml").write_text(text.replace(old, new, 1))
     before = contents(own)
-    refused(p2d("run", tmp_path / "other.toml", "-o", own, "--resume"), 2, "pruned.json", says, "remove it")
+    refused(p2d("run", tmp_path / "other.toml", "-o", own, "--resume"), 2, "begun.json", says, "remove it")
     assert contents(own) == before
 
 
 def test_resume_refuses_the_training_of_another_version(
     killed: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prune2deploy.unfinished.__version__", "99.0.0")
-    refused(p2d("run", killed / "recipe.toml", "-o", own, "--resume"), 2, "pruned.json", "its version is")
+    monkeypatch.setattr("prune2deploy.identity.__version__", "99.0.0")
+    refused(p2d("run", killed / "recipe.toml", "-o", own, "--resume"), 2, "begun.json", "its version is")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
@@ -186,6 +223,15 @@ def test_a_run_that_was_being_made_anew_is_gone_on_with_and_the_earlier_one_stay
     done("run", killed / "recipe.toml", "-o", tmp_path / "run", "--resume")
     assert load_recipe(tmp_path / "run" / "recipe.toml").finetune.epochs == EPOCHS
     assert len(log(tmp_path / "run")) == EPOCHS
+
+
+def test_settings_of_fine_tuning_without_epochs_are_said_to_change_nothing(tmp_path: Path) -> None:
+    call = ("prune", small_network(tmp_path))
+    done(*call, "--distill", "--ema", 0.9, "--optimizer", "adamw", "--precision", "fp32", "-o", tmp_path / "idle")
+    (said,) = [text for text in report(tmp_path / "idle")["prune"]["warnings"] if "changed nothing" in text]
+    assert said.startswith("optimizer, ema, distill of fine-tuning")
+    done(*call, "-o", tmp_path / "usual")
+    assert not any("changed nothing" in text for text in report(tmp_path / "usual")["prune"]["warnings"])
 
 
 def test_a_training_that_diverges_leaves_the_earlier_run_as_it_was(small: Path, tmp_path: Path) -> None:
