@@ -77,7 +77,7 @@ class Mistakes:
     def add(self, model: onnx.ModelProto, error: Exception) -> None:
         """Count a mistake, print it if it is the first of its kind, and write its graph to a file."""
         self.wrong += not isinstance(error, LeftBehindError)
-        kind = f"{type(error).__name__}: {re.sub(r'[0-9.e+-]+|v[0-9]+', '#', str(error))[:120]}"
+        kind = f"{type(error).__name__}: {re.sub(r'v?[0-9][0-9.e+-]*', '#', str(error))[:120]}"
         if not self.counts[kind]:
             print(f"\nFAILED: {type(error).__name__}: {error}\n{onnx.printer.to_text(model)}", flush=True)
         self.counts[kind] += 1
