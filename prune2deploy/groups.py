@@ -26,6 +26,21 @@ SILENCED_ROLES = frozenset({"filter", "bias", "scale", "shift"})
 COPIED_ROLES = ("filter", "bias", "scale", "shift", "constant", "mean", "var")
 """The roles in which merged channels are equal: all that makes or carries a channel."""
 
+IDENTITY = "Identity"
+OF = " of "
+GATED = "Gated("
+"""How `Group.read_as` writes that nothing lies between, that one function follows another, and that more follows."""
+
+
+def gated(activation: str) -> str:
+    """Return how an activation is written that something else then changes."""
+    return activation if activation.startswith(GATED) else f"{GATED}{activation})"
+
+
+def ungated(activation: str) -> str:
+    """Return an activation without what then changes it."""
+    return activation[len(GATED) : -1] if activation.startswith(GATED) else activation
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -56,9 +71,15 @@ class Group:
         id: name of the group, from its first filter.
         size: number of channels.
         members: the parameter slices that go with the channels, in graph order.
-        activations: the activation operators that the channels pass, in graph order and without repeats, such as
-            ``Relu``, ``Clip(0,6)``, ``LeakyRelu(0.01)``, ``Sigmoid``.
+        activations: the activations that the channels pass, in graph order and without repeats, such as ``Relu``,
+            ``Clip(0,6)``, ``LeakyRelu(0.01)``, ``Silu``: operators with their attributes, and what several operators
+            compute by the name of one that computes the same (``Affine(a,b)``: a x + b), or by theirs
+            (``Tanh-Sub``). What only computes a gate, such as a squeeze-and-excitation's sigmoid, is not among them.
         kept_because: why the group cannot be pruned, or None if it can.
+        read_as: as what functions of their last norm (or filter) the channels are read, over all readers: ``Identity``
+            where nothing lies between, ``Log of Sigmoid`` where both do. Of a sum it is the activation behind it, and
+            without one those of the addends. ``Gated(Relu)`` is a ReLU that something else then changes: a gate, or a
+            constant for each channel. Empty where nothing reads the channels; None in files written before it was.
     """
 
     id: str
@@ -66,6 +87,7 @@ class Group:
     members: tuple[Member, ...]
     activations: tuple[str, ...]
     kept_because: str | None = None
+    read_as: tuple[str, ...] | None = None
 
     @property
     def prunable(self) -> bool:
@@ -173,6 +195,7 @@ def _to_json(groups: Groups) -> dict[str, Any]:
                 "size": group.size,
                 "activations": list(group.activations),
                 "kept_because": group.kept_because,
+                "read_as": None if group.read_as is None else list(group.read_as),
                 "members": [{**vars(member), "indices": member.indices.tolist()} for member in group.members],
             }
             for group in groups.groups
@@ -198,6 +221,7 @@ def _from_json(document: dict[str, Any]) -> Groups:
                 ),
                 activations=tuple(group["activations"]),
                 kept_because=group["kept_because"],
+                read_as=None if group.get("read_as") is None else tuple(group["read_as"]),
             )
             for group in document["groups"]
         ),

@@ -1,5 +1,6 @@
 """Groups in memory and on disk."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from toy_groups import TOYS, residual_groups
 
 from prune2deploy.errors import InputError
-from prune2deploy.files import write_json
+from prune2deploy.files import read_json, write_json
 from prune2deploy.groups import Groups
 
 
@@ -31,6 +32,20 @@ def test_a_saved_file_reads_back_as_the_same_groups(toy: str, tmp_path: Path) ->
             )
             assert np.array_equal(one.indices, other.indices)
             assert other.indices.dtype == np.int64
+
+
+def test_a_file_keeps_as_what_channels_are_read_and_one_written_before_that_was_known_still_loads(
+    tmp_path: Path,
+) -> None:
+    groups = residual_groups()
+    stem, *rest = groups.groups
+    replace(groups, groups=(replace(stem, read_as=("Relu", "Gated(Relu)")), *rest)).save(tmp_path / "groups.json")
+    assert Groups.load(tmp_path / "groups.json")["stem"].read_as == ("Relu", "Gated(Relu)")
+    document = read_json(tmp_path / "groups.json")
+    for group in document["groups"]:
+        del group["read_as"]
+    write_json(tmp_path / "groups.json", document)
+    assert [group.read_as for group in Groups.load(tmp_path / "groups.json").groups] == [None] * 3
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:

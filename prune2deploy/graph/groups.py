@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 
 from prune2deploy.cost import Cost, Term, Width
+from prune2deploy.graph.activations import find_activations
 from prune2deploy.graph.constraints import FROZEN, Constraint, Equal, Ids, Positions, classes
 from prune2deploy.graph.facts import Known, channel_facts
 from prune2deploy.graph.keep import node_constraints
 from prune2deploy.graph.layers import layer_name
 from prune2deploy.graph.node import Node, Tables, tables
 from prune2deploy.graph.normal import normalise
-from prune2deploy.graph.rules.activation import clip_bounds
 from prune2deploy.graph.rules.base import Axis, Part, Work
 from prune2deploy.graph.rules.norm import UNIT
 from prune2deploy.graph.validity import blaming_the_file
@@ -33,14 +32,15 @@ def find_groups(model: onnx.ModelProto) -> Groups:
     sorting = _sort_positions(tb, known)
     members = _members(tb, known, sorting)
     names = _names(members, len(sorting.sizes))
-    activations = _activations(tb, sorting, len(sorting.sizes))
+    passed = find_activations(tb, known, sorting.positions, sorting.group_of, len(sorting.sizes))
     groups = tuple(
         Group(
             id=names[index],
             size=size,
             members=tuple(members[index]),
-            activations=tuple(activations[index]),
+            activations=passed.activations[index],
             kept_because=_kept_because(members[index]),
+            read_as=passed.read_as[index],
         )
         for index, size in enumerate(sorting.sizes)
     )
@@ -164,27 +164,6 @@ def _names(members: list[list[Member]], count: int) -> list[str]:
 
 def _kept_because(members: list[Member]) -> str | None:
     return None if any(member.role == "filter" for member in members) else "no filter produces it"
-
-
-ACTIVATIONS: dict[str, Callable[[Node], str]] = {
-    "Relu": lambda node: "Relu",
-    "Sigmoid": lambda node: "Sigmoid",
-    "LeakyRelu": lambda node: f"LeakyRelu({node.attribute('alpha', 0.01):g})",
-    "Clip": lambda node: "Clip({:g},{:g})".format(*(clip_bounds(node) or (-np.inf, np.inf))),
-}
-
-
-def _activations(tb: Tables, sorting: _Sorting, count: int) -> list[list[str]]:
-    found: list[list[str]] = [[] for _ in range(count)]
-    for node in tb.nodes:
-        if node.op_type not in ACTIVATIONS or node.domain:
-            continue
-        label = ACTIVATIONS[node.op_type](node)
-        ids = sorting.positions.ids(node.outputs[0].name, 1)
-        for group in [] if ids is None else np.unique(sorting.group_of[ids]).tolist():
-            if group >= 0 and label not in found[group]:
-                found[group].append(label)
-    return found
 
 
 class _Forms:

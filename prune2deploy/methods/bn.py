@@ -8,9 +8,11 @@ import numpy as np
 from scipy.special import erf, log1p, ndtr
 
 from prune2deploy.errors import InputError
-from prune2deploy.groups import Group, Groups
+from prune2deploy.groups import IDENTITY, OF, Group, Groups, ungated
 from prune2deploy.methods.base import NO_CONTEXT, Context, Method, Needs, Weights, of_channels
 from prune2deploy.methods.filters import is_depthwise
+
+_Moments = tuple[np.ndarray, np.ndarray]
 
 _POINT_MASS = 1e-12
 """Below this scale a channel is taken as constant."""
@@ -30,13 +32,20 @@ class BN(Method):
 
     Norms whose outputs are added (a residual stage) are taken as independent: beta and gamma^2 add. Behind a depthwise
     convolution only its own norm counts. Norms that read a sum or a concatenation (pre-activation networks) are scored
-    one by one, and the channel gets their mean. Of several activations on the way the last one counts.
+    one by one, and the channel gets their mean.
+
+    The activation is what lies between the norm and the readers (`groups.Group.read_as`): a norm behind its activation
+    is taken as it is. Behind a sum it is the activation of the sum; without one, those of the addends are taken as if
+    they followed the sum. If readers differ in it the last one counts. What a gate multiplies (squeeze-and-excitation)
+    is scored by the activation before the gate, whose values no norm tells; and what a max-pooling takes by the one
+    before it, whose mean is lower.
 
     Attributes:
         score: ``mean`` E[a] (its magnitude), ``rms`` sqrt(E[a^2]), ``std`` what a constant cannot replace; ``_x_next``
             multiplies by the Frobenius norm of the weights that read the channel (this is ours, not the paper's).
         mean_fold: give the readers of a removed channel its mean activation in its place (ours as well), for groups
-            with one norm and one activation at most. Norm statistics that are re-estimated afterwards undo it.
+            with one norm, directly behind the filter, which all readers read behind one activation at most and no gate.
+            Other groups' means are not folded. Norm statistics that are re-estimated afterwards undo it.
     """
 
     needs: ClassVar[Needs] = Needs(norms=True)
@@ -141,7 +150,7 @@ def _single_view(weights: Weights, groups: Groups, group: Group) -> _View | None
     norms = [norm.layer for norm in _norms(weights, group)]
     layers = [groups.layer_by_name[member.layer] for member in group.of_role("filter")]
     views = _views(weights, groups, group)
-    if len(group.activations) > 1 or len(views) != 1 or views[0].beta.shape[1] != 1:
+    if not _is_one_function(group) or len(views) != 1 or views[0].beta.shape[1] != 1:
         return None
     if not any(is_depthwise(weights, layer) for layer in layers):
         # The norm must belong to the one producer: then nothing reads the channel but through it.
@@ -167,7 +176,15 @@ def _next(weights: Weights, group: Group) -> np.ndarray:
 
 
 def _activation(group: Group) -> str:
-    return group.activations[-1] if group.activations else "Identity"
+    last = (group.read_as or group.activations or (IDENTITY,))[-1]
+    return ungated(last)
+
+
+def _is_one_function(group: Group) -> bool:
+    """Whether all readers read the channels as one function of their norm."""
+    if group.read_as is None:
+        return len(group.activations) <= 1
+    return len(group.read_as) == 1 and ungated(group.read_as[0]) == group.read_as[0]
 
 
 def activation_moments(beta: np.ndarray, gamma: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
@@ -176,28 +193,38 @@ def activation_moments(beta: np.ndarray, gamma: np.ndarray, activation: str) -> 
     Args:
         beta: means.
         gamma: deviations, not negative, of the same shape.
-        activation: f as `groups.Group.activations` writes it, such as ``Relu`` or ``Clip(0,6)``.
+        activation: f as `groups.Group.read_as` writes it, such as ``Relu``, ``Clip(0,6)``, ``Sigmoid of Relu``.
 
     Raises:
         InputError: if the activation is not known.
     """
-    name, numbers = _parse(activation)
-    if name == "Relu":
-        return _clipped(beta, gamma, 0.0, np.inf)
-    if name == "Clip" and len(numbers) == 2:
-        return _clipped(beta, gamma, *numbers)
-    if name == "Identity":
-        return beta, beta**2 + gamma**2
-    if name == "LeakyRelu":
-        return _leaky(beta, gamma, *(numbers or [0.01]))
-    if name not in _FUNCTIONS:
-        known = ", ".join(["Clip(low,high)", "Identity", "LeakyRelu", "Relu", *sorted(_FUNCTIONS)])
+    steps = [_step(one, activation) for one in activation.split(OF)[::-1]]  # the innermost first
+    while len(steps) > 1 and steps[0][0] == "Affine":
+        (slope, shift), steps = steps[0][1], steps[1:]
+        beta, gamma = slope * beta + shift, abs(slope) * gamma
+    name, numbers = steps[0]
+    if len(steps) == 1 and name in _CLOSED:
+        return _CLOSED[name](beta, gamma, *numbers)
+    values = beta[..., None] + np.where(gamma < _POINT_MASS, 0.0, gamma)[..., None] * _NODES
+    for name, numbers in steps:
+        values = _FUNCTIONS[name](values, *numbers)
+    return values @ _NODE_WEIGHTS, values**2 @ _NODE_WEIGHTS
+
+
+def _step(function: str, activation: str) -> tuple[str, list[float]]:
+    name, numbers = _parse(function)
+    if name not in _FUNCTIONS or len(numbers) not in _NUMBERS.get(name, (0,)):
+        known = ", ".join(["Clip(low,high)", *sorted(_FUNCTIONS.keys() - {"Clip"})])
         raise InputError(
             f"method 'bn' does not know the activation '{activation}'; it knows {known}; "
             "use method 'l1', or keep those layers with --keep"
         )
-    values = _FUNCTIONS[name](beta[..., None] + np.where(gamma < _POINT_MASS, 0.0, gamma)[..., None] * _NODES, *numbers)
-    return values @ _NODE_WEIGHTS, values**2 @ _NODE_WEIGHTS
+    return name, numbers
+
+
+def _affine(beta: np.ndarray, gamma: np.ndarray, slope: float = 1.0, shift: float = 0.0) -> _Moments:
+    beta, gamma = slope * beta + shift, abs(slope) * gamma
+    return beta, beta**2 + gamma**2
 
 
 def _clipped(beta: np.ndarray, gamma: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +246,7 @@ def _clipped(beta: np.ndarray, gamma: np.ndarray, low: float, high: float) -> tu
     return np.where(constant, point, m1), np.where(constant, point**2, m2)
 
 
-def _leaky(beta: np.ndarray, gamma: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray]:
+def _leaky(beta: np.ndarray, gamma: np.ndarray, slope: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
     """Return the moments of relu(x) - slope * relu(-x); one of the two is always 0."""
     (up1, up2), (down1, down2) = _clipped(beta, gamma, 0.0, np.inf), _clipped(-beta, gamma, 0.0, np.inf)
     return up1 - slope * down1, up2 + slope**2 * down2
@@ -253,16 +280,63 @@ def _elu(x: np.ndarray, alpha: float = 1.0) -> np.ndarray:
     return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0.0)))
 
 
+def _selu(
+    x: np.ndarray, alpha: float = 1.67326319217681884765625, gamma: float = 1.05070102214813232421875
+) -> np.ndarray:
+    return gamma * _elu(x, alpha)
+
+
+def _celu(x: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    return np.asarray(np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0.0) / alpha)))
+
+
+def _gelu_by_tanh(x: np.ndarray) -> np.ndarray:
+    return np.asarray(0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))))
+
+
+def _swish(x: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    return np.asarray(x * _sigmoid(alpha * x))
+
+
 _FUNCTIONS: Mapping[str, Callable[..., np.ndarray]] = {
+    "Affine": lambda x, slope, shift: slope * x + shift,
+    "Celu": _celu,
+    "Clip": np.clip,
     "Elu": _elu,
     "Gelu": lambda x: 0.5 * x * (1.0 + erf(x / np.sqrt(2.0))),
+    "Gelu(tanh)": _gelu_by_tanh,
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": lambda x: x * _hard_sigmoid(x, 1.0 / 6.0),
+    "Identity": lambda x: x,
+    "LeakyRelu": lambda x, slope=0.01: np.where(x > 0, x, slope * x),
     "Mish": lambda x: x * np.tanh(_softplus(x)),
+    "Relu": lambda x: np.maximum(x, 0.0),
+    "Selu": _selu,
     "Sigmoid": _sigmoid,
-    "Silu": lambda x: x * _sigmoid(x),
+    "Silu": _swish,
     "Softplus": _softplus,
-    "Swish": lambda x: x * _sigmoid(x),
+    "Swish": _swish,
     "Tanh": np.tanh,
 }
-"""Activations by quadrature, by their ONNX names and defaults."""
+"""Activations by their ONNX names and defaults, for quadrature."""
+
+_NUMBERS: Mapping[str, tuple[int, ...]] = {
+    "Affine": (2,),
+    "Celu": (0, 1),
+    "Clip": (2,),
+    "Elu": (0, 1),
+    "HardSigmoid": (0, 1, 2),
+    "LeakyRelu": (0, 1),
+    "Selu": (0, 1, 2),
+    "Swish": (0, 1),
+}
+"""How many numbers an activation may have, where it may have any."""
+
+_CLOSED: Mapping[str, Callable[..., _Moments]] = {
+    "Affine": _affine,
+    "Clip": _clipped,
+    "Identity": _affine,
+    "LeakyRelu": _leaky,
+    "Relu": lambda beta, gamma: _clipped(beta, gamma, 0.0, np.inf),
+}
+"""Activations whose moments have a closed form."""

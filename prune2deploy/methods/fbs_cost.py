@@ -133,6 +133,8 @@ class Wiring:
 
 
 def _keeps_zero(activation: str) -> bool:
+    if activation == "PRelu":  # its moments are not known, but with any slopes it does
+        return True
     try:
         zero, _ = activation_moments(np.zeros(1), np.zeros(1), activation)
     except InputError:  # an activation of unknown moments

@@ -1,10 +1,12 @@
 """BN: moments of activations from norms, the scores made of them, and what the fold of means does."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from toy_groups import (
     Mobile,
     Residual,
@@ -48,6 +50,12 @@ ACTIVATIONS = {
     "Softplus": lambda x: np.log1p(np.exp(x)),
     "Gelu": lambda x: torch.nn.functional.gelu(torch.from_numpy(x)).numpy(),
     "Mish": lambda x: torch.nn.functional.mish(torch.from_numpy(x)).numpy(),
+    "Gelu(tanh)": lambda x: F.gelu(torch.from_numpy(x), approximate="tanh").numpy(),
+    "Selu": lambda x: F.selu(torch.from_numpy(x)).numpy(),
+    "Celu(0.5)": lambda x: F.celu(torch.from_numpy(x), 0.5).numpy(),
+    "Affine(-2,0.5)": lambda x: 0.5 - 2 * x,
+    "Relu of Affine(-2,0.5)": lambda x: np.maximum(0.5 - 2 * x, 0),
+    "Sigmoid of Relu": lambda x: 1 / (1 + np.exp(-np.maximum(x, 0))),
 }
 
 
@@ -183,7 +191,7 @@ def test_a_network_without_norms_is_refused_with_what_works() -> None:
         BN().scores(weights_of(randomise(Mobile())), no_norms)
 
 
-@pytest.mark.parametrize("activation", ["Cube", "Clip(0,x)", "Sigmoidal"])
+@pytest.mark.parametrize("activation", ["Cube", "Clip(0,x)", "Sigmoidal", "Relu(1)", "Log of Sigmoid", "Tanh-Sub"])
 def test_an_unknown_activation_is_refused_with_those_that_are_known(activation: str) -> None:
     with pytest.raises(InputError, match=r"does not know the activation '.*'; it knows Clip\(low,high\), .* Tanh"):
         activation_moments(np.zeros(1), np.ones(1), activation)
@@ -229,3 +237,11 @@ def test_an_offset_is_measured_from_what_the_silenced_channel_shows() -> None:
     set_norm(net, 0, 0.0, 2.0)
     offsets = BN(mean_fold=True).offsets(weights_of(net), sigmoid, {"conv1": np.arange(8) > 0})
     assert offsets["conv1"][0] == pytest.approx(1 / (1 + np.exp(-2.0)) - 0.5, abs=1e-14)
+
+
+def test_means_are_not_folded_where_readers_differ_in_the_activation() -> None:
+    net, groups = randomise(Residual()), residual_groups()
+    keep = {"conv1": np.arange(8) > 0}
+    for read_as, folded in ((("Relu",), {"conv1"}), (("Relu", "Identity"), set()), (("Gated(Relu)",), set())):
+        one = replace(groups, groups=(replace(groups["conv1"], read_as=read_as),))
+        assert BN(mean_fold=True).offsets(weights_of(net), one, keep).keys() == folded

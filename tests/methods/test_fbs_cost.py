@@ -146,12 +146,21 @@ def test_a_network_that_changes_zeros_on_the_way_is_found_out_and_read_whole() -
     assert any("not zero where gates suppress them (convs.1, convs.2, fc)" in text for text in report["warnings"])
 
 
-@pytest.mark.parametrize("activation", ["Sigmoid", "Clip(1,6)", "Softplus", "Unheard"])
+@pytest.mark.parametrize("activation", ["Sigmoid", "HardSigmoid(0.166667,0.5)", "Clip(1,6)", "Softplus", "Unheard"])
 def test_behind_an_activation_that_makes_zeros_something_else_nothing_is_taken_for_skipped(activation: str) -> None:
     net, groups = small()
     changed = [replace(group, activations=(activation,)) for group in groups.groups]
     _, wiring = find_places(net, replace(groups, groups=tuple(changed)))
     assert wiring.sparse == {}
+
+
+@pytest.mark.parametrize("activation", ["HardSwish", "Silu", "Gelu(tanh)", "Elu(0.5)", "PRelu", "Clip(0,6) of Relu"])
+def test_behind_an_activation_that_keeps_zeros_they_are_skipped(activation: str) -> None:
+    net, groups = small()
+    changed = [replace(group, activations=(activation,)) for group in groups.groups]
+    assert (
+        find_places(net, replace(groups, groups=tuple(changed)))[1].sparse == find_places(net, groups)[1].sparse != {}
+    )
 
 
 @pytest.mark.parametrize("role", ["constant", "scale"])
