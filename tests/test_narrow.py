@@ -593,6 +593,14 @@ def test_another_factory_is_refused_in_one_line(factory: object, says: str, fold
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistake_inside_the_factory_is_not_taken_for_a_wrong_call(folder: Path) -> None:
+    def broken() -> nn.Module:
+        return nn.Conv2d("three", 4, 1)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="str"):
+        load_narrow(broken, folder)
+
+
 def test_the_same_names_and_shapes_with_another_forward_are_noticed(folder: Path) -> None:
     class Other(Plain):
         def middle(self, x: Tensor) -> Tensor:
