@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,9 @@ def test_a_method_that_was_killed_in_the_run_of_another_recipe_goes_on_too(tmp_p
 def test_an_interrupted_prune_says_how_it_goes_on_and_does(tmp_path: Path) -> None:
     call = ("prune", small_network(tmp_path), "--finetune-epochs", EPOCHS, "-o", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "training.safetensors"
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # it is ignored in what shells run in the background
     with subprocess.Popen(
-        command(*call), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command(*call), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heeded
     ) as process:
         while process.poll() is None and not checkpoint.exists():
             time.sleep(0.002)
