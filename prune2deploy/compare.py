@@ -425,11 +425,6 @@ def _write(
         "failed": {name: one_line(str(error), 300) for name, error in failed.items()},
     }
     write_json(folder / "compare.json", document)
-    write_bytes(folder / "compare.md", comparison.markdown(found, published, _trained(recipe)).encode())
+    write_bytes(folder / "compare.md", comparison.markdown(found, published, document["finetune"]).encode())
     write_comparison(document, folder / "compare.html")
     return document
-
-
-def _trained(recipe: CompareRecipe) -> str:
-    settings = recipe.recipe.finetune
-    return f"fine-tuned for {settings.epochs} epochs (learning rate {settings.learning_rate:g})"

@@ -146,7 +146,7 @@ def cells(row: Row) -> list[str]:
     """Return a row as text, in the order of `HEAD`."""
     spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.2f}"
     latency = row["latency"]
-    macs = _percent(row["dynamic_macs"], 1) + " (mean over images)" if row["dynamic_macs"] else _percent(row["macs"], 1)
+    macs = f"⌀ {_percent(row['dynamic_macs'], 1)}" if row["dynamic_macs"] else _percent(row["macs"], 1)
     return [
         f"{row['method']}, {row['target']}",
         macs,
@@ -165,17 +165,22 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def markdown(found: Sequence[Row], published: Sequence[Row], trained: str) -> str:
-    """Return the tables as Markdown; ``trained`` says how the networks were fine-tuned."""
-    lines = [_line(HEAD), _line(["---", *["--:"] * (len(HEAD) - 1)]), *(_line(cells(row)) for row in found)]
-    lines += [
-        "",
-        f"Accuracies are top-1 on the test images, means over the seeds ± their sample deviation; {trained}. "
+def explanation(finetune: Mapping[str, Any]) -> str:
+    """Return what the columns of the table mean; ``finetune`` is a recipe's section of that name."""
+    return (
+        "Accuracies are top-1 on the test images, means over the seeds ± their sample deviation, after "
+        f"{finetune['epochs']} epochs of fine-tuning (learning rate {finetune['learning_rate']:g}). "
         "Random, L1 and from scratch are the controls at each method's own widths: the first two with the same "
         "fine-tuning, the last trained for as many epochs as the method and its fine-tuning together. "
-        "Epochs are those that trained weights (in the method's own training + fine-tuning). Time is that of the slim "
-        "graph, the dense one being 1.",
-    ]
+        "Epochs are those that trained weights (in the method's own training + fine-tuning). ⌀ is a mean over images. "
+        "Time is that of the slim graph, the dense one being 1."
+    )
+
+
+def markdown(found: Sequence[Row], published: Sequence[Row], finetune: Mapping[str, Any]) -> str:
+    """Return the tables as Markdown; ``finetune`` is as for `explanation`."""
+    lines = [_line(HEAD), _line(["---", *["--:"] * (len(HEAD) - 1)]), *(_line(cells(row)) for row in found)]
+    lines += ["", explanation(finetune)]
     if published:
         lines += ["", _line(PUBLISHED_HEAD), _line(["---", *["--:"] * (len(PUBLISHED_HEAD) - 1)])]
         lines += [_line(published_cells(row)) for row in published]

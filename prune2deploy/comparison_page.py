@@ -39,7 +39,11 @@ def write_comparison(found: Mapping[str, Any], out: Path) -> None:
                 card("Accuracy and cost", "", figure_place(name, one["layout"]["height"]))
                 for name, one in drawn.items()
             ),
-            card("Methods", "", table(comparison.HEAD, [comparison.cells(row) for row in found["rows"]], numbers=True)),
+            card(
+                "Methods",
+                comparison.explanation(found["finetune"]),
+                table(comparison.HEAD, [comparison.cells(row) for row in found["rows"]], numbers=True),
+            ),
             *(_published(found["published"]) if found["published"] else []),
         ),
     ]

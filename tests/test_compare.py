@@ -145,6 +145,10 @@ def test_a_time_that_is_no_success_says_so() -> None:
     for verdict, shown in (("slower", "1.200 [1.100, 1.300] (slower)"), ("faster", "1.200 [1.100, 1.300]")):
         (row,) = comparison.rows([trial], {"k": measured | {"verdict": verdict}})
         assert comparison.cells(row)[-1] == shown
+        assert comparison.cells(row)[1] == "50.0 %"
+    (dynamic,) = comparison.rows([trial | {"dynamic_macs": 0.485}], {})
+    assert comparison.cells(dynamic)[1] == "⌀ 48.5 %"
+    assert "⌀ is a mean over images" in comparison.markdown([dynamic], [], {"epochs": 2, "learning_rate": 0.05})
 
 
 @pytest.mark.parametrize("field", ["methods", "targets", "seeds", "controls"])
@@ -183,7 +187,8 @@ def test_a_row_has_means_and_deviation_over_seeds_and_says_whether_random_is_bea
     assert comparison.cells(few)[5] == "85.00 % (1 of 2 seeds) (not beaten)", "the seed that beats it has no control"
     (itself,) = comparison.rows([{**one, "method": "random"} for one in trials if not one["control"]], {})
     assert itself["beats_random"] is None
-    text = comparison.markdown([row], [], "fine-tuned")
+    text = comparison.markdown([row], [], {"epochs": 2, "learning_rate": 0.05})
+    assert "after 2 epochs of fine-tuning (learning rate 0.05)" in text
     assert "84.00 % ± 2.83 | 85.00 % (not beaten)" in text
 
 
@@ -240,6 +245,7 @@ def test_the_page_has_the_picture_and_the_table(compared: Path) -> None:
     page = (compared / "compare.html").read_text()
     assert 'id="front"' in page
     assert "taylor, macs=0.6" in page
+    assert "Random, L1 and from scratch are the controls" in page
     assert "| taylor, macs=0.6 |" in (compared / "compare.md").read_text()
 
 
