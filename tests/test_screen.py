@@ -1,5 +1,6 @@
 """What a person sees: every state of a run can be shown, names are shown as they are, failures are loud."""
 
+import io
 import json
 import logging
 import shutil
@@ -182,3 +183,28 @@ def test_progress_shows_what_happens_on_a_terminal(name: str, tmp_path: Path) ->
         "round 3/5",
     ):
         assert part in text
+
+
+def test_a_count_stays_while_its_parts_are_noted_and_what_is_over_leaves_no_bar(tmp_path: Path) -> None:
+    def shown(live: Live) -> tuple[float, float | None, str]:
+        (task,) = live._progress.tasks
+        return task.completed, task.total, task.description
+
+    with (tmp_path / "screen").open("w") as stream:
+        with Live(Console(file=stream, force_terminal=True)).shown() as live:
+            live.trials(3, 12)
+            live.note("9 trials to run")
+            assert shown(live) == (3, 12, "9 trials to run")
+        with Live(Console(file=stream, force_terminal=True)).shown() as live:
+            live.rounds(2, 5)
+            live.note("writing report.html")
+            assert shown(live) == (0, None, "writing report.html")
+            live.rounds(1, 7)
+            assert shown(live)[:2] == (1, 7)
+
+
+def test_a_plain_table_folds_what_does_not_fit() -> None:
+    console = Console(width=30, file=io.StringIO(), record=True)
+    console.print(plain_table(["method", "top-1"], [["epruner, macs=0.25", "83.28 % ± 0.25"], ["l1, macs=0.5", "x"]]))
+    assert "…" not in (text := console.export_text())
+    assert "0.25" in text
