@@ -94,7 +94,7 @@ MISTAKES = {
     "{'network': 'a', 'finetune': {'learning_rate': 0}}": "'finetune.learning_rate' is 0",
     "{'network': 'a', 'bench': {'sessions': 4}}": "'bench.sessions' is 4",
     "{'network': 'a', 'finetune': 3}": "'finetune' is 3",
-    "{}": "'network'",
+    "{}": "the recipe lacks the key 'network'",
 }
 
 

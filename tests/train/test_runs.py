@@ -294,6 +294,8 @@ def test_every_setting_of_fine_tuning_changes_the_weights(tmp_path: Path) -> Non
         {"precision": "fp16"},
         {"epochs": 2, "warmup_epochs": 3.0},
         {"gradient_clipping": -1.0},
+        {"batch_size": 1},
+        {"learning_rate": float("inf")},
     ],
 )
 def test_settings_that_do_not_fit_are_refused_on_one_line(options: dict[str, Any]) -> None:
